@@ -1,0 +1,57 @@
+"""deltafan: one model generation, published once, read by many.
+
+    async with Producer.connect(url) as producer, Consumer.connect(url) as consumer:
+        job = await producer.submit(model="qwen3.6-plus", messages=[{"role": "user", "content": "Hi"}])
+        async with consumer.tail(job.id) as events:
+            async for event in events:
+                print(event.text, end="")
+"""
+
+from deltafan._consumer import Consumer
+from deltafan._errors import (
+    DeltafanError,
+    InvalidPosition,
+    InvalidRequest,
+    JobCancelled,
+    JobConflict,
+    JobEnded,
+    JobFailed,
+    JobNotFound,
+    ProtocolError,
+    RedisUnavailable,
+    ResultTimeout,
+    StreamExpired,
+)
+from deltafan._events import Event, Failure
+from deltafan._fold import Fold, Generation, ToolCall, fold
+from deltafan._position import Position
+from deltafan._producer import Job, Producer
+from deltafan._retention import Retention
+from deltafan._usage import UsageRecord
+
+__all__ = [
+    "Consumer",
+    "DeltafanError",
+    "Event",
+    "Failure",
+    "Fold",
+    "Generation",
+    "InvalidPosition",
+    "InvalidRequest",
+    "Job",
+    "JobCancelled",
+    "JobConflict",
+    "JobEnded",
+    "JobFailed",
+    "JobNotFound",
+    "Position",
+    "Producer",
+    "ProtocolError",
+    "RedisUnavailable",
+    "ResultTimeout",
+    "Retention",
+    "StreamExpired",
+    "ToolCall",
+    "UsageRecord",
+    "fold",
+]

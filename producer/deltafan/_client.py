@@ -1,0 +1,106 @@
+"""A Redis client over one pipelined connection that reopens itself."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Self, TypeAlias, TypeVar
+
+from deltafan._errors import RedisUnavailable
+from deltafan._lua import Script
+from deltafan._resp import (
+    Argument,
+    ConnectionLost,
+    Reply,
+    RespConnection,
+    ServerError,
+    open_connection,
+    pack,
+    raise_error,
+)
+from deltafan._url import masked_url
+
+T = TypeVar("T")
+ScriptCall: TypeAlias = tuple[Sequence[str], Sequence[Argument]]
+"""Keys and arguments of one call of a script."""
+
+_RETRY_PAUSE_S = 0.05
+
+
+class RedisClient:
+    """Sends commands and scripts, again when the connection breaks before their reply.
+
+    So everything sent through it must be safe to repeat, which every script of ours is. The first connection is
+    made on entering, and fails within `connect_timeout_s`; later a lost server is waited for up to `patience_s`.
+    """
+
+    def __init__(self, url: str, *, connect_timeout_s: float = 1.0, patience_s: float = 10.0) -> None:
+        self.url = url
+        self._connect_timeout_s = connect_timeout_s
+        self._patience_s = patience_s
+        self._connection: RespConnection | None = None
+        self._opening = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        self._connection = await open_connection(self.url, timeout_s=self._connect_timeout_s)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Reply:
+        """Run a script. One round trip."""
+        return await self._repeat(lambda connection: connection.run(script, keys, args))
+
+    async def run_many(self, script: Script, calls: Sequence[ScriptCall]) -> list[Reply]:
+        """Run a script for each of `calls`. One round trip, or three when the server does not have the script yet."""
+        return await self._repeat(lambda connection: _run_many(connection, script, calls))
+
+    async def call(self, *args: Argument) -> Reply:
+        """Run one command. One round trip."""
+        return await self._repeat(lambda connection: connection.call(*args))
+
+    async def pipeline(self, commands: Sequence[bytes]) -> list[Reply]:
+        """Run packed commands in one round trip; ServerError instances are among the replies."""
+        return await self._repeat(lambda connection: connection.pipeline(commands))
+
+    async def _repeat(self, send: Callable[[RespConnection], Awaitable[T]]) -> T:
+        try:
+            async with asyncio.timeout(self._patience_s):
+                while True:
+                    connection = await self._open()
+                    try:
+                        return await send(connection)
+                    except ConnectionLost:
+                        await asyncio.sleep(_RETRY_PAUSE_S)
+        except TimeoutError:
+            self._abandon()
+            raise RedisUnavailable(masked_url(self.url), f"no answer within {self._patience_s:g} s") from None
+        except ServerError as error:
+            raise RedisUnavailable(masked_url(self.url), f"it refused a command ({error})") from error
+
+    async def _open(self) -> RespConnection:
+        async with self._opening:
+            while self._connection is None or self._connection.is_lost:
+                try:
+                    self._connection = await open_connection(self.url, timeout_s=self._connect_timeout_s)
+                except RedisUnavailable:
+                    await asyncio.sleep(_RETRY_PAUSE_S)
+            return self._connection
+
+    def _abandon(self) -> None:
+        # A server that stopped answering owes us replies; on a fresh connection it owes nothing.
+        if self._connection is not None:
+            self._connection.close()
+
+
+async def _run_many(connection: RespConnection, script: Script, calls: Sequence[ScriptCall]) -> list[Reply]:
+    commands = [pack("EVALSHA", script.sha, len(keys), *keys, *args) for keys, args in calls]
+    replies = await connection.pipeline(commands)
+    if any(isinstance(reply, ServerError) and str(reply).startswith("NOSCRIPT") for reply in replies):
+        await connection.call("SCRIPT", "LOAD", script.source)
+        replies = await connection.pipeline(commands)
+    return [raise_error(reply) for reply in replies]

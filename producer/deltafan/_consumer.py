@@ -1,0 +1,138 @@
+"""Consumer: reads generations: live, from any position, as a snapshot, or only the result."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Self, cast
+
+import orjson
+
+from deltafan._errors import JobCancelled, JobFailed, JobNotFound, ResultTimeout, StreamExpired
+from deltafan._events import CANCELLED, FAILED, TERMINAL_TYPES
+from deltafan._fold import Fold, Generation
+from deltafan._follow import Follower, RawEntry
+from deltafan._hub import Hub, open_hub
+from deltafan._keys import ARQ_JOB, Keys
+from deltafan._position import Position
+from deltafan._request import check_job_id
+from deltafan._resp import pack
+from deltafan._tail import PAGE, Feeds, Tail
+
+
+class Consumer:
+    """Reads jobs. One instance serves a whole process: all its readers share two connections.
+
+    Open it with `async with Consumer.connect(url) as consumer`.
+    """
+
+    def __init__(self, hub: Hub, keys: Keys) -> None:
+        self._hub = hub
+        self._keys = keys
+        self._feeds = Feeds(hub, keys)
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls,
+        streams_url: str = "redis://localhost:6379/0",
+        *,
+        prefix: str = "deltafan",
+        connect_timeout_s: float = 1.0,
+    ) -> AsyncIterator[Self]:
+        """Connect to the server that holds the streams.
+
+        Raises:
+            RedisUnavailable: no server answers within `connect_timeout_s`. One that goes away later is waited for.
+        """
+        async with open_hub(streams_url, connect_timeout_s=connect_timeout_s) as hub:
+            yield cls(hub, Keys(prefix))
+
+    def tail(self, job_id: str, *, after: Position | str | None = None) -> AbstractAsyncContextManager[Tail]:
+        """The job's events after a position (from the start without one), then live, until its terminal event.
+
+        Use as `async with consumer.tail(job_id) as events: async for event in events: …`. Ending the block reads no
+        further and cancels nothing.
+
+        Raises:
+            InvalidPosition: `after` is not a position.
+            JobNotFound, StreamExpired: from the iteration.
+        """
+        return self._feeds.tail(check_job_id(job_id), None if after is None else Position.parse(after))
+
+    async def snapshot(self, job_id: str) -> Generation:
+        """What the job has produced so far. Tail on from `snapshot.position` to go on without a gap or a repeat.
+
+        Raises:
+            JobNotFound: nothing is known of the job.
+            StreamExpired: it has ended, and neither stream nor result is left.
+        """
+        check_job_id(job_id)
+        follower, folding = Follower(), Fold()
+        while True:
+            (page,) = await self._hub.ask(pack("XRANGE", self._keys.events(job_id), follower.range_start, "+", "COUNT", PAGE))
+            before = follower.cursor
+            for event in follower.take(cast(list[RawEntry], page)):
+                folding.add(event)
+            if len(page) < PAGE or follower.cursor == before:
+                break
+        if follower.cursor is not None:
+            return folding.generation()
+        return await self._look_up(job_id)
+
+    async def result(self, job_id: str, *, timeout: float | None = None) -> Generation:
+        """The completed generation, once the job has ended; waits without reading the stream.
+
+        Raises:
+            JobFailed, JobCancelled: it ended without completing; `error.generation` has what there is.
+            ResultTimeout: it has not ended after `timeout` seconds.
+            JobNotFound, StreamExpired: it is not known, or nothing of it is left.
+        """
+        watch = _Watch()
+        status = "queued"
+        try:
+            async with asyncio.timeout(timeout), self._hub.listening(self._keys.bell(check_job_id(job_id)), watch):
+                while not (generation := await self._look_up(job_id)).is_ended:
+                    status = generation.status
+                    await watch.changed()
+        except TimeoutError:
+            raise ResultTimeout(job_id, timeout or 0, status) from None
+        if generation.status == FAILED:
+            why = generation.failure
+            raise JobFailed(job_id, f"failed: {why.message} ({why.code})" if why else "failed", generation)
+        if generation.status == CANCELLED:
+            raise JobCancelled(job_id, f"cancelled ({generation.cancel_reason})", generation)
+        return generation
+
+    async def _look_up(self, job_id: str) -> Generation:
+        """The stored result, or just the status of a job that has not ended."""
+        result, status, is_queued = await self._hub.ask(
+            pack("GET", self._keys.result(job_id)),
+            pack("HGET", self._keys.state(job_id), "status"),
+            pack("EXISTS", ARQ_JOB + job_id),
+        )
+        if result is not None:
+            return Generation.from_json(orjson.loads(result))
+        if status is None and not is_queued:
+            raise JobNotFound(job_id)
+        name = "queued" if status is None else status.decode()
+        if name in TERMINAL_TYPES:
+            raise StreamExpired(job_id, result_available=False)
+        return Generation(status=name)
+
+
+class _Watch:
+    """Waits for the ring that says how the job ended; a sweep counts as one, since rings can be lost."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def on_bell(self, status: bytes) -> None:
+        if status:
+            self._event.set()
+
+    def on_sweep(self) -> None:
+        self._event.set()
+
+    async def changed(self) -> None:
+        await self._event.wait()
+        self._event.clear()

@@ -1,0 +1,176 @@
+"""Events: the entries of a job's stream, and what each type's data holds (PROTOCOL.md, "Entries")."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from deltafan._errors import ProtocolError
+from deltafan._position import Position
+from deltafan._usage import UsageRecord
+
+STARTED: Final = "started"
+REASONING: Final = "reasoning"
+CONTENT: Final = "content"
+REFUSAL: Final = "refusal"
+TOOL_CALL: Final = "tool_call"
+COMPLETED: Final = "completed"
+FAILED: Final = "failed"
+CANCELLED: Final = "cancelled"
+
+TEXT_TYPES: Final = frozenset({REASONING, CONTENT, REFUSAL})
+DELTA_TYPES: Final = TEXT_TYPES | {TOOL_CALL}
+TERMINAL_TYPES: Final = frozenset({COMPLETED, FAILED, CANCELLED})
+KNOWN_TYPES: Final = DELTA_TYPES | TERMINAL_TYPES | {STARTED}
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Opens an attempt. `restart` and `replay` tell a reader to discard what it has, `continue` to cut back to `from_`."""
+
+    attempt: int
+    run: str
+    mode: str
+    from_: Position | None
+    attempt_no: int
+    worker: str
+    provider: str
+    model: str
+    api: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A fragment of one tool call. `id` and `name` come once per index; `arguments` fragments are concatenated."""
+
+    index: int
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a job failed. `code` is stable; `retryable` says whether the same request may succeed later."""
+
+    code: str
+    message: str
+    retryable: bool
+
+
+class Delta(NamedTuple):
+    """A piece of output without a place in the stream yet: what a decoder yields."""
+
+    type: str
+    data: bytes
+
+
+class Event(NamedTuple):
+    """One entry of a job's stream.
+
+    A tuple and lazily decoded, because a replay makes hundreds of thousands of them a second.
+    """
+
+    position: Position
+    type: str
+    data: bytes
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether this is the stream's last entry, for ever."""
+        return self.type in TERMINAL_TYPES
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether this carries a piece of output."""
+        return self.type in DELTA_TYPES
+
+    @property
+    def text(self) -> str:
+        """The text of a `reasoning`, `content` or `refusal` event; "" for every other type."""
+        return self.data.decode() if self.type in TEXT_TYPES else ""
+
+    @property
+    def payload(self) -> Mapping[str, Any]:
+        """The JSON object of a `started`, `tool_call` or terminal event; empty for text.
+
+        Raises:
+            ProtocolError: the data is not a JSON object.
+        """
+        return {} if self.type in TEXT_TYPES else _json_object(self)
+
+    @property
+    def started(self) -> Started | None:
+        """The opening of an attempt; None for every other type."""
+        if self.type != STARTED:
+            return None
+        data = _json_object(self)
+        origin = data.get("from")
+        return Started(
+            attempt=self.position.attempt,
+            run=str(data.get("run", "")),
+            mode=str(data.get("mode", "fresh")),
+            from_=Position.parse(origin) if origin else None,
+            attempt_no=int(data.get("attempt_no", 1)),
+            worker=str(data.get("worker", "")),
+            provider=str(data.get("provider", "")),
+            model=str(data.get("model", "")),
+            api=str(data.get("api", "")),
+        )
+
+    @property
+    def tool_call(self) -> ToolCallDelta | None:
+        """The fragment of a `tool_call` event; None for every other type."""
+        if self.type != TOOL_CALL:
+            return None
+        data = _json_object(self)
+        return ToolCallDelta(int(data.get("index", 0)), data.get("id"), data.get("name"), data.get("arguments") or "")
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the model stopped; only `completed` has it."""
+        return self.payload.get("finish_reason") if self.type == COMPLETED else None
+
+    @property
+    def usage(self) -> UsageRecord | None:
+        """The usage record of a terminal event, where the attempt called a model."""
+        record = self.payload.get("usage") if self.is_terminal else None
+        return UsageRecord.from_json(record) if record else None
+
+    @property
+    def failure(self) -> Failure | None:
+        """What went wrong, for `failed`; None for every other type."""
+        return failure_from(self.payload) if self.type == FAILED else None
+
+    @property
+    def cancel_reason(self) -> str | None:
+        """Who or what cancelled the job, for `cancelled`; None for every other type."""
+        return str(self.payload.get("reason", "")) if self.type == CANCELLED else None
+
+
+def failure_from(data: Mapping[str, Any]) -> Failure:
+    """Read the failure that a `failed` entry or a result carries."""
+    return Failure(str(data.get("code", "unknown")), str(data.get("message", "")), bool(data.get("retryable", False)))
+
+
+def tool_call_data(index: int, *, id: str | None = None, name: str | None = None, arguments: str = "") -> bytes:
+    """The data of a `tool_call` entry: absent fields are left out."""
+    data: dict[str, Any] = {"index": index}
+    if id is not None:
+        data["id"] = id
+    if name is not None:
+        data["name"] = name
+    if arguments:
+        data["arguments"] = arguments
+    return orjson.dumps(data)
+
+
+def _json_object(event: Event) -> Mapping[str, Any]:
+    try:
+        data = orjson.loads(event.data)
+    except orjson.JSONDecodeError as error:
+        raise ProtocolError(f"entry {event.position} of type {event.type} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ProtocolError(f"entry {event.position} of type {event.type} is not a JSON object")
+    return data

@@ -1,0 +1,65 @@
+"""What a reader may take from a stream: the rules of contiguity, without any I/O.
+
+An attempt's entries are numbered without holes, so a reader knows from an id alone whether something is missing:
+the next entry is either the next number of the same attempt, or number 0 of a later one. Anything else is a hole.
+A hole is never passed over: the writer either mends it, or opens an attempt that starts from nothing.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import orjson
+
+from deltafan._events import KNOWN_TYPES, STARTED, TERMINAL_TYPES, Event
+from deltafan._position import Position
+
+RawEntry: TypeAlias = tuple[bytes, Sequence[bytes]]
+"""An entry as XRANGE gives it: id, then `type`, its value, `data`, its value."""
+
+_TYPE_NAMES = {name.encode(): name for name in KNOWN_TYPES}
+
+
+class Follower:
+    """One reader's cursor. Feed it what was read after the cursor; get the events to deliver."""
+
+    def __init__(self, after: Position | None = None) -> None:
+        self.cursor = after
+        self.ended = False
+        """Whether the terminal event has been delivered."""
+
+    @property
+    def range_start(self) -> str:
+        """Where to read on: the lower bound for XRANGE."""
+        return "-" if self.cursor is None else f"({self.cursor}"
+
+    def take(self, entries: Sequence[RawEntry]) -> list[Event]:
+        """Move over `entries`, in stream order, and return the events among them.
+
+        Entries at or below the cursor are skipped, so reading twice is harmless. At a hole the cursor stays, unless
+        an attempt follows that starts from nothing. Entries of unknown types move the cursor and are left out.
+        """
+        events: list[Event] = []
+        attempt, seq = self.cursor or (0, -1)
+        hole = False
+        for raw_id, fields in entries:
+            raw_attempt, _, raw_seq = raw_id.partition(b"-")
+            entry = Position(int(raw_attempt), int(raw_seq))
+            if self.ended or entry <= (attempt, seq):
+                continue
+            if entry.seq == 0:
+                hole = hole and not _starts_from_nothing(fields)
+            else:
+                hole = hole or entry != (attempt, seq + 1)
+            if hole:
+                continue
+            attempt, seq = self.cursor = entry
+            kind = _TYPE_NAMES.get(fields[1])
+            if kind is not None:
+                events.append(Event(entry, kind, fields[3]))
+                self.ended = kind in TERMINAL_TYPES
+        return events
+
+
+def _starts_from_nothing(fields: Sequence[bytes]) -> bool:
+    """Whether an entry with seq 0 owes nothing to what came before: a terminal entry, or `started` unless it continues."""
+    return fields[1] != STARTED.encode() or orjson.loads(fields[3]).get("mode") != "continue"

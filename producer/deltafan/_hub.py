@@ -1,0 +1,212 @@
+"""The hub: all readers of a process over two connections, however many jobs and readers there are.
+
+One connection is subscribed to the bells of the jobs that are read, the other reads what rang. A bell is a hint and
+the stream is the truth: a sweep every few seconds finds what a lost bell left unread and what no read ever reports,
+a key that is gone. Reads go out in rounds, the next when the last has been answered, so under load they batch
+themselves and nobody waits for a timer.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Protocol
+
+from deltafan._background import background
+from deltafan._errors import RedisUnavailable
+from deltafan._resp import (
+    ConnectionLost,
+    Handler,
+    Reply,
+    RespConnection,
+    ServerError,
+    open_connection,
+    pack,
+    raise_error,
+)
+from deltafan._url import masked_url
+
+log = logging.getLogger("deltafan")
+
+SWEEP_S = 5.0
+"""How long at most a lost bell delays a reader, or a vanished key goes unnoticed."""
+PATIENCE_S = 10.0
+"""How long a question waits for a server that went away."""
+_REOPEN_PAUSE_S = 0.2
+
+
+class Listener(Protocol):
+    """Somebody who wants to know when a job's stream changes."""
+
+    def on_bell(self, status: bytes) -> None:
+        """The stream has grown. `status` is empty, or how the job ended."""
+
+    def on_sweep(self) -> None:
+        """Time to look for anything that was missed: every few seconds, and after every reconnect."""
+
+
+class Hub:
+    """Two connections, kept open; made by `open_hub`."""
+
+    def __init__(self, url: str, connect_timeout_s: float) -> None:
+        self._url = url
+        self._connect_timeout_s = connect_timeout_s
+        self._listeners: dict[bytes, set[Listener]] = {}
+        self._confirmed: dict[bytes, asyncio.Event] = {}
+        self._requests: list[tuple[bytes, int, Callable[[list[Reply] | None], None]]] = []
+        self._unanswered = 0
+        self._round_scheduled = False
+
+    async def open(self) -> None:
+        """Open both connections and subscribe to what is listened to.
+
+        Raises:
+            RedisUnavailable: the server can not be reached.
+        """
+        self._bells = await open_connection(self._url, timeout_s=self._connect_timeout_s, name="deltafan-bells")
+        try:
+            self._reads = await open_connection(self._url, timeout_s=self._connect_timeout_s, name="deltafan-reads")
+        except BaseException:
+            self._bells.close()
+            raise
+        self._unanswered = 0
+        self._bells.listen(self._on_push)
+        if self._listeners:
+            self._bells.send(pack("SUBSCRIBE", *self._listeners), ())
+
+    def close(self) -> None:
+        """Drop both connections."""
+        self._bells.close()
+        self._reads.close()
+
+    @asynccontextmanager
+    async def listening(self, channel: str, listener: Listener) -> AsyncIterator[None]:
+        """Deliver the channel's bells to `listener` within the block; every bell rung after entering is delivered."""
+        name = channel.encode()
+        listeners = self._listeners.setdefault(name, set())
+        listeners.add(listener)
+        try:
+            if len(listeners) == 1:
+                self._confirmed[name] = asyncio.Event()
+                self._bells.send(pack("SUBSCRIBE", name), ())
+            await self._confirmed[name].wait()
+            yield
+        finally:
+            listeners.discard(listener)
+            if not listeners and self._listeners.get(name) is listeners:
+                del self._listeners[name], self._confirmed[name]
+                if not self._bells.is_lost:
+                    self._bells.send(pack("UNSUBSCRIBE", name), ())
+
+    def read(self, commands: Sequence[bytes], handler: Callable[[list[Reply] | None], None]) -> None:
+        """Send packed commands with the next round; `handler` gets their replies, or None when the connection broke."""
+        self._requests.append((b"".join(commands), len(commands), handler))
+        if self._unanswered == 0 and not self._round_scheduled:
+            self._round_scheduled = True
+            asyncio.get_running_loop().call_soon(self._start_round)
+
+    async def ask(self, *commands: bytes) -> list[Reply]:
+        """Replies to packed commands; repeated when the connection breaks before they come.
+
+        Raises:
+            RedisUnavailable: no answer within PATIENCE_S.
+        """
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while True:
+                    future: asyncio.Future[list[Reply] | None] = asyncio.get_running_loop().create_future()
+                    self.read(commands, partial(_settle, future))
+                    if (replies := await future) is not None:
+                        return [raise_error(reply) for reply in replies]
+                    await asyncio.sleep(_REOPEN_PAUSE_S)
+        except TimeoutError:
+            raise RedisUnavailable(masked_url(self._url), f"no answer within {PATIENCE_S:g} s") from None
+        except ServerError as error:
+            raise RedisUnavailable(masked_url(self._url), f"it refused a command ({error})") from error
+
+    async def keep_open(self) -> None:
+        """Sweep, and reopen the connections when they break; runs until it is cancelled."""
+        while True:
+            await self._sweep_until_lost()
+            self.close()
+            log.warning("Redis at %s: connection lost, readers wait for it", masked_url(self._url))
+            await self._reopen()
+            log.info("Redis at %s: connected again, readers go on", masked_url(self._url))
+
+    async def _sweep_until_lost(self) -> None:
+        """Return when a connection is lost, or has not answered for a whole sweep."""
+        while True:
+            alive = asyncio.Event()
+            self._reads.send(pack("PING"), [lambda _: alive.set()])
+            await asyncio.wait([self._bells.lost, self._reads.lost], timeout=SWEEP_S, return_when=asyncio.FIRST_COMPLETED)
+            if self._bells.is_lost or self._reads.is_lost or not alive.is_set():
+                return
+            self._sweep()
+
+    async def _reopen(self) -> None:
+        while True:
+            with suppress(RedisUnavailable):
+                await self.open()
+                break
+            await asyncio.sleep(_REOPEN_PAUSE_S)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        for listeners in list(self._listeners.values()):
+            for listener in list(listeners):
+                listener.on_sweep()
+
+    def _on_push(self, reply: Reply) -> None:
+        if not isinstance(reply, list):
+            return
+        kind, channel, payload = reply
+        if kind == b"message":
+            for listener in tuple(self._listeners.get(channel, ())):
+                listener.on_bell(payload)
+        elif kind == b"subscribe" and channel in self._confirmed:
+            self._confirmed[channel].set()
+
+    def _start_round(self) -> None:
+        self._round_scheduled = False
+        requests, self._requests = self._requests, []
+        handlers: list[Handler] = []
+        self._unanswered += len(requests)
+        for _, count, handler in requests:
+            handlers += self._collecting(count, handler)
+        self._reads.send(b"".join([commands for commands, _, _ in requests]), handlers)
+
+    def _collecting(self, count: int, handler: Callable[[list[Reply] | None], None]) -> list[Handler]:
+        replies: list[Reply] = []
+
+        def collect(reply: Reply) -> None:
+            replies.append(reply)
+            if len(replies) < count:
+                return
+            self._unanswered -= 1
+            handler(None if any(isinstance(reply, ConnectionLost) for reply in replies) else replies)
+            if self._unanswered == 0 and self._requests and not self._round_scheduled:
+                self._start_round()
+
+        return [collect] * count
+
+
+def _settle(future: "asyncio.Future[list[Reply] | None]", replies: list[Reply] | None) -> None:
+    if not future.done():
+        future.set_result(replies)
+
+
+@asynccontextmanager
+async def open_hub(url: str, *, connect_timeout_s: float) -> AsyncIterator[Hub]:
+    """A hub for the block's time.
+
+    Raises:
+        RedisUnavailable: the server can not be reached now; later breaks are mended silently.
+    """
+    hub = Hub(url, connect_timeout_s)
+    await hub.open()
+    try:
+        async with background(hub.keep_open(), "deltafan-hub"):
+            yield hub
+    finally:
+        hub.close()

@@ -1,0 +1,74 @@
+"""Every Redis key and channel name, made in one place."""
+
+from dataclasses import dataclass
+
+# arq's own key names. They are constants in arq, shared by all queues of a server and not ours to choose.
+ARQ_JOB = "arq:job:"
+ARQ_IN_PROGRESS = "arq:in-progress:"
+ARQ_RESULT = "arq:result:"
+ARQ_RETRY = "arq:retry:"
+ARQ_ABORT = "arq:abort"
+
+LANES = ("interactive", "batch")
+"""The lanes, in the order in which a free worker looks at them."""
+
+FUNCTION = "deltafan.generate"
+"""The arq function that every prompt job calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Key names under one prefix.
+
+    The keys of a job carry the hash tag `{job_id}`, so they share a cluster slot and one script may touch them all.
+    """
+
+    prefix: str = "deltafan"
+
+    def events(self, job_id: str) -> str:
+        """Stream: the job's entries."""
+        return f"{self.prefix}:{{{job_id}}}:events"
+
+    def state(self, job_id: str) -> str:
+        """Hash: status, attempt, run, cancel request, usage notes."""
+        return f"{self.prefix}:{{{job_id}}}:state"
+
+    def result(self, job_id: str) -> str:
+        """String: the folded generation, JSON."""
+        return f"{self.prefix}:{{{job_id}}}:result"
+
+    def bell(self, job_id: str) -> str:
+        """Channel: rung once per flush of the job's stream; a terminal ring carries the status."""
+        return f"{self.prefix}:{{{job_id}}}:bell"
+
+    def job(self, job_id: str) -> tuple[str, str, str]:
+        """The three keys that the job scripts take, in their order: events, state, result."""
+        return self.events(job_id), self.state(job_id), self.result(job_id)
+
+    @property
+    def usage(self) -> str:
+        """Stream: the ledger, one usage record per model call."""
+        return f"{self.prefix}:usage"
+
+    def billed(self, job_id: str) -> str:
+        """Set: the model calls of the job that are in the ledger already."""
+        return f"{self.prefix}:billed:{job_id}"
+
+    @property
+    def cancels(self) -> str:
+        """Channel: ids of jobs whose cancellation was just requested."""
+        return f"{self.prefix}:cancels"
+
+    @property
+    def workers(self) -> str:
+        """Start of the keys by which workers show that they are alive."""
+        return f"{self.prefix}:worker:"
+
+    def queue(self, lane: str) -> str:
+        """Sorted set: arq's queue of one lane."""
+        return f"{self.prefix}:queue:{lane}"
+
+    @staticmethod
+    def doorbell(queue: str) -> str:
+        """List: tokens that wake one idle worker each."""
+        return f"{queue}:bell"

@@ -1,0 +1,34 @@
+"""Positions: where in a job's stream an entry stands, and every reader's cursor."""
+
+from typing import NamedTuple
+
+from deltafan._errors import InvalidPosition
+
+
+class Position(NamedTuple):
+    """`<attempt>-<seq>`: the entry's id in Redis. Positions compare in stream order.
+
+    `attempt` is the server's clock in ms when the attempt began, above every earlier one and never issued twice;
+    `seq` counts the attempt's entries 0, 1, 2 … without holes. `Position.parse(str(p)) == p`.
+    """
+
+    attempt: int
+    seq: int
+
+    def __str__(self) -> str:
+        return f"{self.attempt}-{self.seq}"
+
+    @classmethod
+    def parse(cls, text: "str | bytes | Position") -> "Position":
+        """Read what `str(position)` or Redis gave.
+
+        Raises:
+            InvalidPosition: not two non-negative integers joined by one hyphen.
+        """
+        if isinstance(text, Position):
+            return text
+        raw = text.decode("ascii", "replace") if isinstance(text, bytes) else text
+        attempt, hyphen, seq = raw.partition("-")
+        if not (hyphen and attempt.isascii() and attempt.isdigit() and seq.isascii() and seq.isdigit()):
+            raise InvalidPosition(raw)
+        return cls(int(attempt), int(seq))

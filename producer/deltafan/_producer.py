@@ -1,0 +1,251 @@
+"""Producer: submits prompt jobs and cancels them."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import islice
+from secrets import token_hex
+from typing import Any, Literal, Self
+
+from deltafan._client import RedisClient, ScriptCall
+from deltafan._errors import JobConflict, JobNotFound, RedisUnavailable
+from deltafan._keys import ARQ_IN_PROGRESS, ARQ_JOB, ARQ_RESULT, Keys
+from deltafan._lua import load
+from deltafan._request import MAX_BODY_BYTES, JobRequest, check_job_id, job_record, parse_request
+from deltafan._resp import Reply
+from deltafan._retention import Retention
+from deltafan._url import masked_url
+
+CHUNK = 250
+"""Jobs per round trip of submit_many: enough to hide the round trip, few enough to keep the server responsive."""
+
+PORTIONS_UNDER_WAY = 2
+RINGS = 64
+"""Jobs of a round trip that ring the doorbell; a woken worker takes as many jobs as it has room for."""
+WAIT_MS = 500
+"""How long replicas may take to acknowledge, where any are configured."""
+
+CancelOutcome = Literal["cancelled", "requested", "ended"]
+"""`cancelled`: it was waiting and has ended now. `requested`: its worker is told, it will not end completed.
+`ended`: it had ended already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A submitted job."""
+
+    id: str
+    created: bool
+    """False when the id was known already: this submit was a repeat."""
+    status: str
+    """At the time of the submit."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Submission:
+    id: str
+    request: JobRequest
+    now_ms: int
+
+
+class Producer:
+    """Submits jobs. One instance serves a whole process; its calls may run concurrently.
+
+    Open it with `async with Producer.connect(url) as producer`.
+    """
+
+    def __init__(
+        self,
+        streams: RedisClient,
+        queue: RedisClient,
+        *,
+        keys: Keys,
+        retention: Retention,
+        max_body_bytes: int,
+        replicas: int,
+    ) -> None:
+        self._streams = streams
+        self._queue = queue
+        self._keys = keys
+        self._retention = retention
+        self._max_body_bytes = max_body_bytes
+        self._replicas = replicas
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls,
+        redis_url: str = "redis://localhost:6379/0",
+        *,
+        streams_url: str | None = None,
+        prefix: str = "deltafan",
+        retention: Retention | None = None,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        replicas: int = 0,
+        connect_timeout_s: float = 1.0,
+    ) -> AsyncIterator[Self]:
+        """Connect to the queue's server and, where it is another, to the streams' server.
+
+        `replicas`: how many replicas must have a submit or a cancel before it is acknowledged.
+
+        Raises:
+            RedisUnavailable: no server answers within `connect_timeout_s`.
+        """
+        async with AsyncExitStack() as stack:
+            queue = await stack.enter_async_context(RedisClient(redis_url, connect_timeout_s=connect_timeout_s))
+            streams = queue
+            if streams_url is not None and streams_url != redis_url:
+                streams = await stack.enter_async_context(RedisClient(streams_url, connect_timeout_s=connect_timeout_s))
+            yield cls(
+                streams,
+                queue,
+                keys=Keys(prefix),
+                retention=retention or Retention(),
+                max_body_bytes=max_body_bytes,
+                replicas=replicas,
+            )
+
+    async def submit(
+        self,
+        *,
+        model: str,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        body: Mapping[str, Any] | None = None,
+        api: str = "chat",
+        job_id: str | None = None,
+        lane: str = "interactive",
+        tenant: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        deadline: datetime | timedelta | None = None,
+        on_interrupt: str = "restart",
+        ttl: timedelta | float | None = None,
+    ) -> Job:
+        """Submit one job. One round trip, and safe to repeat with the same `job_id`: the job runs once.
+
+        `body` is the upstream's native request (temperature, tools …); `messages` is put into it. A `deadline` given
+        as timedelta counts from now; `ttl` (seconds or timedelta) is how long stream and result are kept.
+
+        Raises:
+            InvalidRequest: a field is wrong; nothing was sent.
+            JobConflict: `job_id` belongs to another request.
+            RedisUnavailable: the server can not be reached, or is out of memory.
+        """
+        fields = {
+            "model": model,
+            "messages": messages,
+            "body": body,
+            "api": api,
+            "job_id": job_id,
+            "lane": lane,
+            "tenant": tenant,
+            "metadata": metadata,
+            "deadline": deadline,
+            "on_interrupt": on_interrupt,
+            "ttl": ttl,
+        }
+        jobs = await self.submit_many([{name: value for name, value in fields.items() if value is not None}])
+        return jobs[0]
+
+    async def submit_many(self, requests: Iterable[Mapping[str, Any]]) -> list[Job]:
+        """Submit jobs, each given as a mapping of `submit`'s arguments; answers in their order.
+
+        One round trip for every few hundred jobs. All requests of such a portion are checked before any is sent.
+
+        Raises:
+            as `submit`; portions before the one that failed have been submitted, and submitting all again is safe
+            where the requests have ids of their own.
+        """
+        jobs: list[Job] = []
+        pending = iter(requests)
+        sent: deque[asyncio.Task[list[Job]]] = deque()
+        try:
+            while portion := [self._check(fields) for fields in islice(pending, CHUNK)]:
+                sent.append(asyncio.create_task(self._send(portion)))
+                # Let it be written, so that the server works on it while the next portion is checked.
+                await asyncio.sleep(0)
+                if len(sent) > PORTIONS_UNDER_WAY:
+                    jobs += await sent.popleft()
+            while sent:
+                jobs += await sent.popleft()
+        finally:
+            for task in sent:
+                task.cancel()
+            await asyncio.gather(*sent, return_exceptions=True)
+        return jobs
+
+    async def cancel(self, job_id: str, *, reason: str = "requested") -> CancelOutcome:
+        """Ask for the job's end, wherever it is. Durable before it returns; repeating it is harmless.
+
+        Raises:
+            JobNotFound: nothing is known of the job.
+            RedisUnavailable: the server can not be reached.
+        """
+        check_job_id(job_id)
+        retention = self._retention
+        answer = await self._streams.run(
+            load("cancel"), self._keys.job(job_id), (reason[:512], retention.live_ms, *retention.ended_ms)
+        )
+        match answer[0]:
+            case b"UNKNOWN":
+                raise JobNotFound(job_id)
+            case b"ENDED":
+                return "ended"
+        await self._wait(self._streams)
+        await self._streams.call("PUBLISH", self._keys.cancels, job_id)
+        return "cancelled" if answer[0] == b"CANCELLED" else "requested"
+
+    def _check(self, fields: Mapping[str, Any]) -> _Submission:
+        given = dict(fields)
+        job_id = given.pop("job_id", None)
+        if isinstance(given.get("deadline"), timedelta):
+            given["deadline"] = datetime.now(UTC) + given["deadline"]
+        request = parse_request(given, max_body_bytes=self._max_body_bytes)
+        return _Submission(check_job_id(job_id) if job_id is not None else token_hex(16), request, time.time_ns() // 1_000_000)
+
+    async def _send(self, submissions: Sequence[_Submission]) -> list[Job]:
+        together = self._streams is self._queue
+        calls = [self._submit_call(submission, ring=together and index < RINGS) for index, submission in enumerate(submissions)]
+        answers = await self._streams.run_many(load("submit", using=("common", "enqueue")), calls)
+        await self._wait(self._streams)
+        if not together:
+            waiting = [s for s, answer in zip(submissions, answers, strict=True) if _is_open(answer)]
+            enqueue = load("enqueue_only", using=("enqueue",))
+            await self._queue.run_many(enqueue, [self._enqueue_call(s, ring=i < RINGS) for i, s in enumerate(waiting)])
+            await self._wait(self._queue)
+        return [_job(submission, answer) for submission, answer in zip(submissions, answers, strict=True)]
+
+    def _submit_call(self, submission: _Submission, *, ring: bool) -> ScriptCall:
+        keys, args = self._keys.job(submission.id), (submission.request.digest(), self._retention.live_ms)
+        if self._streams is not self._queue:
+            return keys, args
+        queue_keys, queue_args = self._enqueue_call(submission, ring=ring)
+        return (*keys, *queue_keys), (*args, *queue_args)
+
+    def _enqueue_call(self, submission: _Submission, *, ring: bool) -> ScriptCall:
+        job_id, queue = submission.id, self._keys.queue(submission.request.lane)
+        keys = (ARQ_JOB + job_id, ARQ_IN_PROGRESS + job_id, ARQ_RESULT + job_id, queue, self._keys.doorbell(queue))
+        record = job_record(submission.request, now_ms=submission.now_ms)
+        return keys, (job_id, record, self._retention.queue_ms, int(ring))
+
+    async def _wait(self, client: RedisClient) -> None:
+        if self._replicas == 0:
+            return
+        heard = await client.call("WAIT", self._replicas, WAIT_MS)
+        if heard < self._replicas:
+            why = f"{heard} of {self._replicas} replicas have the write after {WAIT_MS} ms; repeat the call, it is safe"
+            raise RedisUnavailable(masked_url(client.url), why)
+
+
+def _is_open(answer: Reply) -> bool:
+    return answer[0] != b"CONFLICT" and answer[1] in (b"queued", b"running")
+
+
+def _job(submission: _Submission, answer: Reply) -> Job:
+    verdict, status = answer[0], answer[1].decode()
+    if verdict == b"CONFLICT":
+        raise JobConflict(submission.id)
+    return Job(submission.id, created=verdict == b"NEW", status=status)

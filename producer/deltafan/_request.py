@@ -1,0 +1,166 @@
+"""A prompt job as its caller states it: checked at the door, and written as arq's job record."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Self
+
+import orjson
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deltafan._errors import InvalidRequest
+from deltafan._keys import FUNCTION
+
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+Lane = Literal["interactive", "batch"]
+OnInterrupt = Literal["restart", "fail"]
+
+MAX_BODY_BYTES = 8 * 1024 * 1024
+"""Images travel inside the body as base64; a body beyond this belongs into object storage, by URL."""
+
+
+def _check_metadata(metadata: dict[str, str]) -> dict[str, str]:
+    if len(metadata) > 16 or any(len(name) > 64 or len(value) > 512 for name, value in metadata.items()):
+        raise ValueError("at most 16 entries, names up to 64 and values up to 512 characters")
+    return metadata
+
+
+class JobRequest(BaseModel):
+    """One prompt to generate. Also the keyword arguments of the arq function, so any arq producer can write it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    """A model of the catalogue, or `provider/model`."""
+    api: Literal["chat"] = "chat"
+    """The upstream API whose native request `body` is."""
+    body: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """The native request body, passed through; the worker sets model, streaming and usage itself."""
+    lane: Lane = "interactive"
+    tenant: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    metadata: Annotated[dict[str, str], AfterValidator(_check_metadata)] = Field(default_factory=dict)
+    """Carried along for the caller, shown nowhere else."""
+    deadline: datetime | None = None
+    """After this moment the job fails with `deadline_exceeded`, wherever it is."""
+    on_interrupt: OnInterrupt = "restart"
+    """What happens when a worker vanishes in mid-answer: generate again from the start, or fail."""
+    ttl: Annotated[timedelta, Field(gt=timedelta(0), le=timedelta(days=30))] | None = None
+    """How long stream and result are kept after the end; None: as the server is configured."""
+    submitted_at_ms: int | None = None
+    """Unix time of the submit; set by the producer."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _messages_into_body(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("messages") is None:
+            return data
+        fields = dict(data)
+        messages, body = fields.pop("messages"), fields.get("body") or {}
+        if not isinstance(body, Mapping):
+            return fields
+        if "messages" in body:
+            raise ValueError("messages: given twice, also inside body")
+        fields["body"] = {**body, "messages": messages}
+        return fields
+
+    @model_validator(mode="after")
+    def _check_body(self) -> Self:
+        messages = self.body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise ValueError("messages: a non-empty list is needed (as messages= or inside body)")
+        for index, message in enumerate(messages):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise ValueError(f"messages[{index}]: an object with a role is needed")
+        if self.body.get("model", self.model) != self.model:
+            raise ValueError("body.model: differs from model; leave it out")
+        if self.body.get("n") not in (None, 1):
+            raise ValueError("body.n: one job is one generation; submit n jobs for n answers")
+        return self
+
+    @property
+    def deadline_ms(self) -> int | None:
+        """The deadline as unix time in ms."""
+        return None if self.deadline is None else int(self.deadline.timestamp() * 1000)
+
+    def digest(self) -> str:
+        """What makes two submits under one id the same job: model, api and body, however their keys are ordered."""
+        canonical = orjson.dumps([self.model, self.api, self.body], option=orjson.OPT_SORT_KEYS)
+        return hashlib.sha256(canonical).hexdigest()[:32]
+
+
+def parse_request(fields: Mapping[str, Any], *, max_body_bytes: int = MAX_BODY_BYTES) -> JobRequest:
+    """Check a request.
+
+    Raises:
+        InvalidRequest: which field is wrong and why; nothing has been sent.
+    """
+    if isinstance(fields.get("deadline"), datetime) and fields["deadline"].tzinfo is None:
+        raise InvalidRequest("deadline", "has no time zone; use datetime.now(UTC) + … or an aware datetime")
+    try:
+        request = JobRequest.model_validate(fields)
+    except ValidationError as error:
+        raise _explain(error) from None
+    size_bytes = len(_dump_body(request))
+    if size_bytes > max_body_bytes:
+        raise InvalidRequest("body", f"is {size_bytes} bytes long, the limit is {max_body_bytes}; pass large media by URL")
+    return request
+
+
+def check_job_id(job_id: str) -> str:
+    """Give a usable id back.
+
+    Raises:
+        InvalidRequest: it has characters that a key can not hold, or is too long.
+    """
+    if _JOB_ID.fullmatch(job_id) is None:
+        raise InvalidRequest("job_id", f"{job_id[:80]!r} is not 1 to 64 of A-Z, a-z, 0-9, _ and -")
+    return job_id
+
+
+def job_record(request: JobRequest, *, now_ms: int) -> bytes:
+    """The job as arq stores it, in JSON: any arq worker with a JSON deserializer can run it."""
+    # Written out because it is on the path of bulk submits, where pydantic's model_dump would take the most time.
+    arguments: dict[str, Any] = {
+        "model": request.model,
+        "api": request.api,
+        "body": request.body,
+        "lane": request.lane,
+        "on_interrupt": request.on_interrupt,
+        "submitted_at_ms": now_ms,
+    }
+    if request.tenant is not None:
+        arguments["tenant"] = request.tenant
+    if request.metadata:
+        arguments["metadata"] = request.metadata
+    if request.deadline is not None:
+        arguments["deadline"] = request.deadline
+    if request.ttl is not None:
+        arguments["ttl"] = request.ttl.total_seconds()
+    return orjson.dumps({"t": None, "f": FUNCTION, "a": [], "k": arguments, "et": now_ms})
+
+
+def _dump_body(request: JobRequest) -> bytes:
+    try:
+        return orjson.dumps(request.body)
+    except orjson.JSONEncodeError as error:
+        raise InvalidRequest("body", f"can not be written as JSON ({error})") from None
+
+
+def _explain(error: ValidationError) -> InvalidRequest:
+    """The first error, in the caller's words."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    field, kind = ".".join(str(part) for part in first["loc"]), first["type"]
+    if kind == "extra_forbidden":
+        options = [*JobRequest.model_fields, "messages", "job_id"]
+        near = get_close_matches(field, [name for name in options if name != "submitted_at_ms"], n=1)
+        hint = f"did you mean {near[0]}?" if near else "parameters of the model belong into body"
+        return InvalidRequest(field, f"is not an option; {hint}")
+    if kind == "missing":
+        return InvalidRequest(field, "is missing")
+    why = str(first["msg"]).removeprefix("Value error, ")
+    name, colon, rest = why.partition(": ")
+    if not field and colon:
+        return InvalidRequest(name, rest)
+    return InvalidRequest(field or "request", why[:1].lower() + why[1:])

@@ -1,0 +1,23 @@
+-- Makes a job known, once.  KEYS  events, state, result [, arq job, in-progress, result, queue, doorbell]
+-- ARGV  digest, live_ms [, id, record, ttl_ms, ring]
+-- Returns {'NEW' | 'EXISTS' | 'CONFLICT', status}.  With the queue's keys it enqueues as well, also when the job
+-- is known but has not ended: a submit that died between its two writes is mended by the next.
+local function submit()
+  local state = redis.call('HMGET', STATE, 'status', 'digest')
+  local known = state[1] or redis.call('EXISTS', EVENTS, RESULT) > 0
+  local status = known and (ended(state[1]) or state[1])
+  if status then
+    if state[2] and state[2] ~= ARGV[1] then return { 'CONFLICT', status } end
+    return { 'EXISTS', status }
+  end
+  redis.call('HSET', STATE, 'status', 'queued', 'digest', ARGV[1], 'attempt', 0, 'claim', -1, 'runs', 0)
+  redis.call('PEXPIRE', STATE, ARGV[2])
+  return { 'NEW', 'queued' }
+end
+
+local answer = submit()
+local open = answer[1] == 'NEW' or (answer[1] == 'EXISTS' and not TERMINAL[answer[2]] and answer[2] ~= 'expired')
+if #KEYS > 3 and open then
+  enqueue(KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8], ARGV[3], ARGV[4], ARGV[5], ARGV[6])
+end
+return answer

@@ -1,0 +1,152 @@
+"""How a run ended, and the records that are written of it: terminal entry, result, usage note."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import orjson
+
+from deltafan._events import CANCELLED, COMPLETED, FAILED, Event, Failure
+from deltafan._fold import Generation, fold
+from deltafan._position import Position
+from deltafan._usage import CallOutcome, UsageRecord, UsageSource
+from deltafan_worker._route import Route
+from deltafan_worker._usage import TokenCounts, cost, estimate, normalise
+from deltafan_worker._writer import Sealed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """The outcome of a run. A value, since it crosses processes: the terminal entry carries it."""
+
+    status: str
+    """completed, failed or cancelled."""
+    finish_reason: str | None = None
+    failure: Failure | None = None
+    cancel_reason: str | None = None
+
+    @classmethod
+    def completed(cls, finish_reason: str) -> "Ending":
+        """The model has said all it wanted."""
+        return cls(status=COMPLETED, finish_reason=finish_reason)
+
+    @classmethod
+    def failed(cls, code: str, message: str, *, retryable: bool = False) -> "Ending":
+        """There will be no whole answer."""
+        return cls(status=FAILED, failure=Failure(code, message, retryable))
+
+    @classmethod
+    def cancelled(cls, reason: str) -> "Ending":
+        """Somebody asked for the end."""
+        return cls(status=CANCELLED, cancel_reason=reason)
+
+    def data(self, usage: UsageRecord | None) -> dict[str, Any]:
+        """The terminal entry's data."""
+        fields: dict[str, Any] = {}
+        if self.status == COMPLETED:
+            fields["finish_reason"] = self.finish_reason
+        elif self.failure is not None:
+            fields |= {"code": self.failure.code, "message": self.failure.message, "retryable": self.failure.retryable}
+        else:
+            fields["reason"] = self.cancel_reason
+        return fields | ({"usage": usage.to_json()} if usage else {})
+
+
+@dataclass(slots=True, kw_only=True)
+class CallMeter:
+    """Measures one model call while it runs."""
+
+    job_id: str
+    call_id: str
+    lane: str
+    tenant: str | None
+    worker: str
+    submitted_at_ms: int | None
+    route: Route
+    started_at_ms: int | None = None
+    """Unix time of the request; None when none was sent."""
+    started_s: float = 0.0
+    """The monotonic clock at that moment."""
+    first_delta_s: float | None = None
+    ended_s: float | None = None
+    deltas: int = 0
+    raw_usage: Mapping[str, Any] | None = None
+    response_id: str | None = None
+
+    def record(self, outcome: CallOutcome, *, attempt: int, attempt_no: int, output_bytes: int = 0) -> UsageRecord:
+        """The usage record as things stand; without the provider's own, an estimate of what was streamed."""
+        bare = self._bare(outcome, attempt, attempt_no)
+        counts: TokenCounts
+        source: UsageSource
+        if self.raw_usage is not None:
+            counts, source = normalise(self.raw_usage), "provider"
+        elif output_bytes:
+            counts, source = estimate(output_bytes), "estimated"
+        else:
+            return bare
+        price = cost(counts, self.route.price)
+        return replace(
+            bare,
+            source=source,
+            cost=price.amount,
+            currency=price.currency,
+            cost_note=price.note,
+            raw=self.raw_usage,
+            **asdict(counts),
+        )
+
+    def _bare(self, outcome: CallOutcome, attempt: int, attempt_no: int) -> UsageRecord:
+        return UsageRecord(
+            job_id=self.job_id,
+            call_id=self.call_id,
+            attempt=attempt,
+            attempt_no=attempt_no,
+            provider=self.route.provider,
+            model=self.route.model,
+            api=self.route.api,
+            outcome=outcome,
+            source="none",
+            lane=self.lane,
+            tenant=self.tenant,
+            worker=self.worker,
+            response_id=self.response_id,
+            deltas=self.deltas,
+            started_at_ms=self.started_at_ms,
+            queued_ms=_since(self.submitted_at_ms, self.started_at_ms),
+            first_delta_ms=self._elapsed_ms(self.first_delta_s),
+            duration_ms=self._elapsed_ms(self.ended_s),
+        )
+
+    def _elapsed_ms(self, until_s: float | None) -> int | None:
+        return None if until_s is None else round((until_s - self.started_s) * 1000)
+
+
+def _since(start_ms: int | None, end_ms: int | None) -> int | None:
+    return None if start_ms is None or end_ms is None else max(0, end_ms - start_ms)
+
+
+def members(record: Mapping[str, Any]) -> str:
+    """A JSON object's members without its braces, for a script that puts its own before them."""
+    return orjson.dumps(record).decode()[1:-1]
+
+
+def seal(ending: Ending, events: Iterable[Event], usage: UsageRecord | None, position: Position) -> Sealed:
+    """The last records of a job: what `events` of the attempt amount to, and how it ended, at `position`."""
+    folded = fold(events)
+    generation = Generation(
+        status=ending.status,
+        position=position,
+        content=folded.content,
+        reasoning=folded.reasoning,
+        refusal=folded.refusal,
+        tool_calls=folded.tool_calls,
+        finish_reason=ending.finish_reason,
+        usage=usage,
+        failure=ending.failure,
+        cancel_reason=ending.cancel_reason,
+        attempt_no=usage.attempt_no if usage else 0,
+        model=usage.model if usage else None,
+        provider=usage.provider if usage else None,
+    )
+    data = orjson.dumps(ending.data(usage))
+    return Sealed(ending.status, data, orjson.dumps(generation.to_json()), orjson.dumps(usage.to_json()) if usage else b"")

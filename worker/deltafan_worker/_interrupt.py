@@ -1,0 +1,64 @@
+"""Interrupts: reasons to cut a run short from outside, and the scope in which that may happen."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from enum import Enum
+
+
+class Reason(Enum):
+    """Why a run is cut short. Not errors of the run: each has its own ending."""
+
+    CANCELLED = "cancelled"
+    """Somebody asked for the job's end; the request is recorded in the job's state."""
+    ABORTED = "aborted"
+    """The same by arq's Job.abort(): the request is recorded in the queue only."""
+    DEADLINE = "deadline"
+    """The job's own deadline has passed."""
+    HAND_OVER = "hand_over"
+    """This worker is shutting down; another goes on."""
+    LEASE_LOST = "lease_lost"
+    """Another worker has claimed the job."""
+    FENCED = "fenced"
+    """Another attempt owns the job's stream."""
+    ENDED = "ended"
+    """The job has a terminal entry that is not ours."""
+    STREAM_LOST = "stream_lost"
+    """The server lost the stream more often than we are willing to write it again."""
+
+
+class Interrupt:
+    """Cuts one run short; the first reason stays.
+
+    Only what runs inside `scope` is ever cancelled, so a job that is being finished can not be torn apart.
+    """
+
+    def __init__(self) -> None:
+        self.reason: Reason | None = None
+        self.detail = ""
+        """In the words of whoever asked, where somebody did."""
+        self._timeout: asyncio.Timeout | None = None
+
+    def cut(self, reason: Reason, detail: str = "") -> None:
+        """Stop what runs in the scope, now or when it is entered."""
+        if self.reason is None:
+            self.reason, self.detail = reason, detail
+            if self._timeout is not None:
+                self._timeout.reschedule(asyncio.get_running_loop().time())
+
+    @asynccontextmanager
+    async def scope(self, remaining_s: float | None = None) -> AsyncIterator[None]:
+        """Run the block until it ends, somebody cuts it short, or `remaining_s` are over (reason DEADLINE).
+
+        Leaves normally in each case: look at `reason` afterwards.
+        """
+        if self.reason is not None:
+            remaining_s = 0
+        try:
+            async with asyncio.timeout(remaining_s) as self._timeout:
+                yield
+        except TimeoutError:
+            if self.reason is None:
+                self.reason = Reason.DEADLINE
+        finally:
+            self._timeout = None

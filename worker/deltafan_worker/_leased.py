@@ -1,0 +1,314 @@
+"""LeasedWorker: an arq worker whose jobs have leases.
+
+It speaks arq's records and keys, so stock producers, `Job.status()`, `.result()`, `.abort()` and even stock workers on
+the same queue go on working. Three things differ from arq 0.28. A job is claimed by one script, which moves it off
+the queue's head, so running jobs never hide waiting ones. A lease is renewed by heartbeat instead of set to the
+longest timeout, so the jobs of a killed worker run again within seconds. And an idle worker waits at a doorbell, so a
+job starts within milliseconds; polling stays as the fallback for producers that do not ring. When Redis goes away the
+worker waits for it, and jobs that run go on.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, TypeAlias, cast
+from uuid import uuid4
+
+from arq.connections import ArqRedis
+from arq.utils import timestamp_ms
+from arq.worker import Function, Worker
+from redis.exceptions import NoScriptError, RedisError
+
+from deltafan._background import background
+from deltafan._keys import Keys
+from deltafan._lua import Script, load
+from deltafan_worker._claim import Claim, Leave
+from deltafan_worker._interrupt import Reason
+from deltafan_worker._serialize import deserialize, serialize
+
+OnUnrun: TypeAlias = Callable[[Claim, Any], Awaitable[None]]
+"""Called with the claim and arq's outcome (an exception) of a job that arq ends without calling its function."""
+
+log = logging.getLogger("deltafan.worker")
+
+POLL_S = 1.0
+"""How long a job of a producer that does not ring may wait to be noticed."""
+BEAT_S = 1.0
+"""Leases are renewed this often, or three times in their length; also how long an abort may wait to be noticed."""
+BEAT_PORTION = 200
+"""Leases per script call: half a millisecond of the server's time."""
+HAND_OVER_S = 10.0
+"""How long the hand-over of the jobs left after draining may take."""
+_RETRY_PAUSE_S = 0.2
+_FOREVER_S = 10 * 366 * 86_400
+_ENDLESS_TRIES = 2**31
+
+_CLAIM, _BEAT, _CLOSE, _RELEASE = (load(name, "deltafan_worker", using=()) for name in ("claim", "beat", "close", "release"))
+
+
+class LeasedWorker(Worker):
+    """Runs arq jobs under leases, from several queues in the order given.
+
+    A job's function finds its Claim in `ctx["claims"][ctx["job_id"]]`.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[Function],
+        *,
+        pool: ArqRedis,
+        keys: Keys,
+        queues: Sequence[str],
+        lease_s: float = 10.0,
+        concurrency: int = 100,
+        drain_timeout_s: float = 30.0,
+        ledger_max_records: int = 1_000_000,
+        billed_ttl_ms: int = 26 * 3_600_000,
+        burst: bool = False,
+        on_unrun: OnUnrun | None = None,
+    ) -> None:
+        super().__init__(
+            functions,
+            redis_pool=pool,
+            queue_name=queues[0],
+            max_jobs=concurrency,
+            burst=burst,
+            # The lease bounds a run and `begin` counts the runs: arq's own limits stay out of the way.
+            job_timeout=_FOREVER_S,
+            max_tries=_ENDLESS_TRIES,
+            allow_abort_jobs=True,
+            handle_signals=False,
+            job_serializer=serialize,
+            job_deserializer=deserialize,
+        )
+        self.process = uuid4().hex[:12]
+        self.claims: dict[str, Claim] = {}
+        self.ctx["claims"] = self.claims
+        self._keys = keys
+        self._queues = tuple(queues)
+        self._doorbells = [keys.doorbell(queue) for queue in queues]
+        self._lease_ms = int(lease_s * 1000)
+        self._drain_timeout_s = drain_timeout_s
+        self._ledger = (billed_ttl_ms, ledger_max_records)
+        self._on_unrun = on_unrun
+        self._lease_lock = asyncio.Lock()
+        self._slot_freed = asyncio.Event()
+        self._draining = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._due_in_s = POLL_S
+        self._cautious = False
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it has been told to stop."""
+        return self._draining.is_set()
+
+    def drain(self) -> None:
+        """Stop claiming; `main` ends when the running jobs have ended or been handed over. A second call hurries."""
+        if self._draining.is_set():
+            self._hurry.set()
+        self._draining.set()
+
+    async def main(self) -> None:
+        """Claim and run jobs until drained or, as a burst, until nothing is due."""
+        async with background(self._keep_leases(), "deltafan-leases"):
+            try:
+                while not self._draining.is_set():
+                    claimed = await self._turn()
+                    if self.burst and not claimed and not self.tasks:
+                        break
+            finally:
+                await self._finish_running()
+
+    async def close(self) -> None:
+        """Called by arq's `run` when `main` is over. The pool belongs to whoever made it."""
+
+    async def _turn(self) -> int:
+        """Claim what there is room for, then wait until there may be more. Returns how many jobs were claimed."""
+        room, claimed = self.max_jobs - len(self.tasks), 0
+        try:
+            if room > 0:
+                claimed = await self._claim(room)
+            if not claimed:
+                await self._doze(may_claim=room > 0)
+        except (RedisError, OSError) as error:
+            await self._wait_out(error)
+        return claimed
+
+    async def _claim(self, room: int) -> int:
+        args = (self.process, self._lease_ms, room, int(self._cautious))
+        due_in_ms, flat = await self._call(_CLAIM, self._queues, args)
+        self._due_in_s = POLL_S if due_in_ms < 0 else min(POLL_S, due_in_ms / 1000)
+        for job_id, index, score, number in zip(*(iter(flat),) * 4, strict=True):
+            self._launch(job_id.decode(), int(index), int(float(score)), int(number))
+        return len(flat) // 4
+
+    def _launch(self, job_id: str, queue_index: int, score: int, number: int) -> None:
+        token = f"{self.process}:{number}"
+        if job_id in self.claims:  # our own lease had run out, and nobody was faster
+            self.claims[job_id].token = token
+            return
+        queue = self._queues[queue_index - 1]
+        claim = Claim(job_id=job_id, queue=queue, queue_index=queue_index, token=token, number=number, score=score)
+        self.claims[job_id] = claim
+        self.tasks[job_id] = self.loop.create_task(self._run(claim), name=f"job-{job_id}")
+
+    async def _run(self, claim: Claim) -> None:
+        try:
+            await self.run_job(claim.job_id, claim.score)
+        except (RedisError, OSError) as error:
+            log.warning("job %s: the queue was lost (%s); it is run again when its lease has run out", claim.job_id, error)
+        except Exception:
+            log.exception("job %s: could not be run; it is tried again when its lease has run out", claim.job_id)
+        finally:
+            del self.claims[claim.job_id], self.tasks[claim.job_id]
+            self.aborting_tasks.discard(claim.job_id)
+            self._slot_freed.set()
+
+    async def _doze(self, *, may_claim: bool) -> None:
+        """Wait for the doorbell, a free slot, the next due job or the end."""
+        self._slot_freed.clear()
+        waits: list[Awaitable[Any]] = [self._draining.wait()]
+        if may_claim and not self.burst:
+            waits.append(cast(Awaitable[Any], self.pool.blpop(self._doorbells, max(self._due_in_s, 0.01))))  # type: ignore[arg-type]
+        else:
+            waits.append(self._slot_freed.wait())
+        tasks = [asyncio.ensure_future(wait) for wait in waits]
+        try:
+            await asyncio.wait(tasks, timeout=2 * POLL_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for error in results:
+            if isinstance(error, (RedisError, OSError)):
+                raise error
+
+    async def _wait_out(self, error: Exception) -> None:
+        log.warning("the queue's Redis is unreachable (%s); waiting for it, running jobs go on", error)
+        while not self._draining.is_set():
+            with suppress(RedisError, OSError):
+                # Leases that ran out meanwhile are renewed before anybody's job is claimed.
+                self._cautious = True
+                await self._beat()
+                await self.pool.ping()
+                log.info("the queue's Redis is back")
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._draining.wait(), _RETRY_PAUSE_S)
+
+    async def _keep_leases(self) -> None:
+        while True:
+            await asyncio.sleep(min(BEAT_S, self._lease_ms / 3000))
+            try:
+                await self._beat()
+                self._cautious = False
+            except (RedisError, OSError) as error:
+                log.debug("heartbeat failed: %s", error)
+
+    async def _beat(self) -> None:
+        """Renew all leases; an answer that one is lost, or that an abort was asked for, interrupts that job."""
+        async with self._lease_lock:
+            held = [claim for claim in self.claims.values() if claim.renewed]
+            for portion in (held[i : i + BEAT_PORTION] for i in range(0, len(held), BEAT_PORTION)):
+                args = [value for claim in portion for value in (claim.token, claim.job_id, claim.queue_index)]
+                answers = await self._call(_BEAT, self._queues, [self._lease_ms, *args])
+                for claim, answer in zip(portion, answers, strict=True):
+                    self._heed(claim, answer)
+
+    def _heed(self, claim: Claim, answer: bytes) -> None:
+        if answer == b"L":
+            log.warning("job %s: another worker has claimed it; leaving it", claim.job_id)
+            claim.renewed = False
+            self._interrupt(claim, Reason.LEASE_LOST)
+        elif answer == b"A":
+            self.aborting_tasks.add(claim.job_id)
+            self._interrupt(claim, Reason.ABORTED)
+
+    def _interrupt(self, claim: Claim, reason: Reason) -> None:
+        if claim.interrupt is not None:
+            claim.interrupt(reason)
+        elif (task := self.job_tasks.get(claim.job_id)) is not None:
+            task.cancel()
+
+    async def _finish_running(self) -> None:
+        """Let the running jobs end, for a while; then hand over the rest."""
+        if self.tasks and self._draining.is_set() and not self._hurry.is_set():
+            log.info("draining: waiting up to %g s for %d running jobs", self._drain_timeout_s, len(self.tasks))
+            async with background(_set_after(self._hurry, self._drain_timeout_s), "deltafan-drain"):
+                hurry = asyncio.ensure_future(self._hurry.wait())
+                while self.tasks and not hurry.done():
+                    await asyncio.wait([*self.tasks.values(), hurry], return_when=asyncio.FIRST_COMPLETED)
+                hurry.cancel()
+        if self.tasks:
+            log.info("handing over %d running jobs", len(self.tasks))
+            for claim in tuple(self.claims.values()):
+                self._interrupt(claim, Reason.HAND_OVER)
+            await asyncio.wait(self.tasks.values(), timeout=HAND_OVER_S)
+        for task in tuple(self.tasks.values()):
+            task.cancel()
+
+    async def finish_job(
+        self,
+        job_id: str,
+        finish: bool,  # noqa: FBT001  arq's signature
+        result_data: bytes | None,
+        result_timeout_s: float | None,
+        keep_result_forever: bool,  # noqa: FBT001
+        incr_score: int | None,
+        keep_in_progress: float | None,
+    ) -> None:
+        """Called by arq when a job's function has ended: tell the queue, through any outage."""
+        claim = self.claims[job_id]
+        if finish and claim.leave is Leave.FINISH:
+            ttl_ms = 0 if keep_result_forever else int((result_timeout_s or 0) * 1000)
+            await self._close(claim, result_data, ttl_ms)
+        else:
+            # arq gives the delay of a Retry as a shift of the job's score.
+            delay_ms = max(0, claim.score + incr_score - timestamp_ms()) if incr_score else claim.release_delay_ms
+            await self._release(claim, delay_ms)
+
+    async def finish_failed_job(self, job_id: str, result_data: bytes | None) -> None:
+        """Called by arq when it ends a job without calling its function."""
+        claim = self.claims[job_id]
+        if self._on_unrun is not None:
+            outcome = deserialize(result_data)["r"] if result_data else None
+            await self._on_unrun(claim, outcome)
+        await self._close(claim, result_data, int(self.keep_result_s * 1000))
+
+    async def _close(self, claim: Claim, result: bytes | None, ttl_ms: int) -> None:
+        keys = (claim.queue, self._keys.usage, self._keys.billed(claim.job_id))
+        notes = [part for note in claim.notes for part in note]
+        args = (claim.token, claim.job_id, result or b"", ttl_ms, *self._ledger, *notes)
+        if not await self._insist(_CLOSE, keys, args):
+            log.info("job %s: ended, but its lease is another's; leaving the queue as it is", claim.job_id)
+
+    async def _release(self, claim: Claim, delay_ms: int) -> None:
+        async with self._lease_lock:  # a heartbeat under way would take the lease again
+            claim.renewed = False
+            if claim.notes:
+                await self._close(replace(claim, token=""), None, 0)
+            keys = (claim.queue, self._keys.doorbell(claim.queue))
+            await self._insist(_RELEASE, keys, (claim.token, claim.job_id, delay_ms))
+
+    async def _insist(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script as often as it takes; all of ours are safe to repeat."""
+        while True:
+            try:
+                return await self._call(script, keys, args)
+            except (RedisError, OSError) as error:
+                log.debug("%s: %s; trying again", script.name, error)
+                await asyncio.sleep(_RETRY_PAUSE_S)
+
+    async def _call(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        try:
+            return await cast(Awaitable[Any], self.pool.evalsha(script.sha.decode(), len(keys), *keys, *args))
+        except NoScriptError:
+            return await cast(Awaitable[Any], self.pool.eval(script.source.decode(), len(keys), *keys, *args))
+
+
+async def _set_after(event: asyncio.Event, seconds: float) -> None:
+    await asyncio.sleep(seconds)
+    event.set()

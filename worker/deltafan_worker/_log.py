@@ -1,0 +1,70 @@
+"""What an attempt has produced, kept until its job has ended: whatever a server loses is written again from here.
+
+Compact, because there is one per live generation: a short delta takes its bytes plus five, where a list of objects
+takes over a hundred. Entry n of the log has seq n + 1 in the stream; seq 0 is `started`.
+"""
+
+from array import array
+from collections.abc import Iterator
+
+from deltafan._events import CONTENT, REASONING, REFUSAL, TOOL_CALL, Delta, Event
+from deltafan._position import Position
+from deltafan._resp import pack
+
+_TYPES = (CONTENT, REASONING, REFUSAL, TOOL_CALL)
+_CODES = {name: code for code, name in enumerate(_TYPES)}
+# What stands between an entry's id and the length of its data, for each type.
+_MIDDLES = tuple(pack("type", name, "data").split(b"\r\n", 1)[1] for name in _TYPES)
+
+
+class AttemptLog:
+    """Deltas in order, appended one by one and read back by index."""
+
+    __slots__ = ("_codes", "_data", "_ends")
+
+    def __init__(self) -> None:
+        self._codes = bytearray()
+        self._ends = array("Q")
+        self._data = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of all data."""
+        return len(self._data)
+
+    def append(self, delta: Delta) -> None:
+        """Add a delta."""
+        self._codes.append(_CODES[delta.type])
+        self._data += delta.data
+        self._ends.append(len(self._data))
+
+    def events(self, attempt: int) -> Iterator[Event]:
+        """The deltas as the entries of an attempt."""
+        start = 0
+        for index, (code, end) in enumerate(zip(self._codes, self._ends, strict=True)):
+            yield Event(Position(attempt, index + 1), _TYPES[code], bytes(self._data[start:end]))
+            start = end
+
+    def commands(self, key: bytes, attempt: int, first: int) -> list[bytes]:
+        """The XADD commands that append entries `first` … to the stream, in the wire format.
+
+        NOMKSTREAM: a key that has vanished is to be noticed, not made anew without its beginning.
+        """
+        head = b"*8\r\n$4\r\nXADD\r\n$%d\r\n%b\r\n$10\r\nNOMKSTREAM\r\n" % (len(key), key)
+        ends, codes = self._ends, self._codes
+        start = ends[first - 1] if first else 0
+        data = bytes(memoryview(self._data)[start:])
+        offset = start
+        commands = []
+        for index in range(first, len(codes)):
+            end = ends[index]
+            entry_id = b"%d-%d" % (attempt, index + 1)
+            commands.append(
+                b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n"
+                % (head, len(entry_id), entry_id, _MIDDLES[codes[index]], end - start, data[start - offset : end - offset])
+            )
+            start = end
+        return commands

@@ -1,0 +1,200 @@
+"""The publisher: the one connection on which a worker process writes all its streams.
+
+Appends of all jobs gather while a flush is on its way and go out together when it has been answered: no timer, no
+added delay, and the busier the process, the larger its flushes. A connection that is new has lost an unknown part of
+what was sent on the last, so nothing is appended on it for a job before that job's `compare` has run there.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from deltafan._errors import RedisUnavailable
+from deltafan._keys import Keys
+from deltafan._lua import Script
+from deltafan._resp import Argument, ConnectionLost, Handler, Reply, RespConnection, ServerError, open_connection, pack
+from deltafan._url import masked_url
+from deltafan_worker._interrupt import Reason
+from deltafan_worker._writer import StreamWriter
+
+log = logging.getLogger("deltafan.publisher")
+
+_RETRY_PAUSE_S = 0.2
+_DURABLE_TRIES = 20
+
+
+class Publisher:
+    """Writes the streams of one process. `keep_open` runs beside everything that uses it."""
+
+    def __init__(
+        self, url: str, keys: Keys, *, beat_s: float, replicas: int = 0, replicas_timeout_ms: int = 500
+    ) -> None:
+        self.keys = keys
+        self._url = url
+        self._beat_s = beat_s
+        self._replicas = replicas
+        self._replicas_timeout_ms = replicas_timeout_ms
+        self._connection: RespConnection | None = None
+        self._connected = asyncio.Event()
+        self._writers: set[StreamWriter] = set()
+        self._waiting: set[StreamWriter] = set()
+        self._unanswered = 0
+        self._flush_scheduled = False
+        self._tasks: asyncio.TaskGroup
+
+    def add(self, writer: StreamWriter) -> None:
+        """Look after a writer's stream from now on: flushes, heartbeat, healing."""
+        self._writers.add(writer)
+
+    def remove(self, writer: StreamWriter) -> None:
+        """Stop looking after it."""
+        self._writers.discard(writer)
+        self._waiting.discard(writer)
+
+    def flush_soon(self, writer: StreamWriter) -> None:
+        """Send what the writer has, at the end of this turn of the event loop or when the last flush is answered."""
+        self._waiting.add(writer)
+        if self._unanswered == 0 and not self._flush_scheduled:
+            self._flush_scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush_all)
+
+    def flush(self, writer: StreamWriter) -> None:
+        """Send what the writer has now, ahead of whatever is sent next."""
+        self._waiting.discard(writer)
+        self._send((writer,))
+
+    def heal_soon(self, writer: StreamWriter) -> None:
+        """Start the writer's healing."""
+        self._tasks.create_task(writer.heal(), name=f"heal-{writer.job_id}")
+
+    async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Reply:
+        """Run a script on the streams' connection, as often as it takes: scripts are safe to repeat."""
+        while True:
+            await self._connected.wait()
+            assert self._connection is not None
+            try:
+                return await self._connection.run(script, keys, args)
+            except ConnectionLost:
+                await asyncio.sleep(0)
+            except ServerError as error:
+                log.warning("Redis at %s refused %s (%s); trying again", masked_url(self._url), script.name, error)
+                await asyncio.sleep(_RETRY_PAUSE_S)
+
+    async def is_durable(self, state_key: str) -> bool:
+        """Whether the write just made on this connection has reached the configured replicas and still stands.
+
+        After a bounded time the answer is yes, with a warning: a fleet must not hang on a replica that is gone.
+        """
+        if self._replicas == 0:
+            return True
+        for _ in range(_DURABLE_TRIES):
+            await self._connected.wait()
+            assert self._connection is not None
+            commands = (pack("WAIT", self._replicas, self._replicas_timeout_ms), pack("HGET", state_key, "status"))
+            try:
+                heard, status = await self._connection.pipeline(commands)
+            except ConnectionLost:
+                return False
+            if status not in (b"completed", b"failed", b"cancelled"):
+                return False
+            if isinstance(heard, int) and heard >= self._replicas:
+                return True
+        log.warning("%s: fewer than %d replicas have the end of this job; going on", state_key, self._replicas)
+        return True
+
+    def on_cancel(self, job_id: str) -> None:
+        """A cancel was announced: look at the job's state now instead of with the next heartbeat."""
+        for writer in self._writers:
+            if writer.job_id == job_id and self._connection is not None:
+                command = pack("HMGET", writer.state_key, "run", "cancel")
+                self._connection.send(command, (self._checking(writer),))
+
+    async def keep_open(self) -> None:
+        """Hold the connection, reopen it when it breaks, and keep the streams alive; runs until cancelled."""
+        async with asyncio.TaskGroup() as self._tasks:
+            while True:
+                self._connection = await self._open()
+                self._unanswered = 0
+                self._connected.set()
+                for writer in tuple(self._writers):
+                    self.heal_soon(writer)
+                await self._beat_until_lost(self._connection)
+                self._connected.clear()
+                self._connection.close()
+                for writer in self._writers:
+                    writer.stop_flow()
+                log.warning("Redis at %s: connection lost; running jobs go on and wait for it", masked_url(self._url))
+
+    async def _open(self) -> RespConnection:
+        while True:
+            try:
+                return await open_connection(self._url, timeout_s=5.0, name="deltafan-publisher")
+            except RedisUnavailable as error:
+                log.debug("%s", error)
+                await asyncio.sleep(_RETRY_PAUSE_S)
+
+    async def _beat_until_lost(self, connection: RespConnection) -> None:
+        """Renew the streams' lifetimes and look for cancels; a connection that leaves a beat unanswered is lost."""
+        while True:
+            answered = asyncio.Event()
+            self._beat(connection, answered)
+            await asyncio.wait([connection.lost], timeout=self._beat_s)
+            if connection.is_lost or not answered.is_set():
+                return
+
+    def _beat(self, connection: RespConnection, answered: asyncio.Event) -> None:
+        commands, handlers = [pack("PING")], [lambda _reply: answered.set()]
+        for writer in self._writers:
+            commands += (
+                pack("HMGET", writer.state_key, "run", "cancel"),
+                pack("PEXPIRE", writer.state_key, writer.live_ms),
+                pack("PEXPIRE", writer.events_key, writer.live_ms),
+            )
+            handlers += (self._checking(writer), _ignore, _ignore)
+        connection.send(b"".join(commands), handlers)
+
+    def _checking(self, writer: StreamWriter) -> Handler:
+        run = writer.run
+
+        def check(reply: Reply) -> None:
+            if isinstance(reply, Exception) or writer.run != run or writer not in self._writers:
+                return
+            owner, cancel = reply
+            if cancel is not None:
+                writer.interrupt.cut(Reason.CANCELLED, cancel.decode())
+            if owner != run.encode():
+                writer.stop_flow()
+                self.heal_soon(writer)
+
+        return check
+
+    def _flush_all(self) -> None:
+        self._flush_scheduled = False
+        waiting, self._waiting = self._waiting, set()
+        self._send(waiting)
+
+    def _send(self, writers: "set[StreamWriter] | tuple[StreamWriter, ...]") -> None:
+        if self._connection is None:
+            return
+        commands: list[bytes] = []
+        handlers: list[Handler] = []
+        for writer in writers:
+            appends = writer.unsent()
+            if appends:
+                commands += appends
+                handlers += [writer.on_append] * len(appends)
+                commands.append(writer.ring)
+                handlers.append(_ignore)
+        if commands:
+            handlers[-1] = self._on_answered
+            self._unanswered += 1
+            self._connection.send(b"".join(commands), handlers)
+
+    def _on_answered(self, _reply: Reply) -> None:
+        self._unanswered -= 1
+        if self._unanswered == 0 and self._waiting and not self._flush_scheduled:
+            self._flush_all()
+
+
+def _ignore(_reply: Reply) -> None:
+    """For replies that tell nothing: a bell that nobody heard, a lifetime that was renewed."""

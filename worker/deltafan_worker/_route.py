@@ -1,0 +1,39 @@
+"""Where a model call goes: everything the worker needs to know of a provider, resolved."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from deltafan_worker._usage import Price
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """Four limits in seconds, because one can not tell a dead peer from a model that thinks.
+
+    Comments that keep a connection alive do not count as data: servers send them for minutes before giving up.
+    """
+
+    connect_s: float = 10.0
+    first_delta_s: float = 300.0
+    silence_s: float = 120.0
+    """Between data frames, after the first delta."""
+    total_s: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """One provider's way to one model."""
+
+    provider: str
+    api: str
+    model: str
+    """The name the provider knows."""
+    url: str
+    """The endpoint itself."""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """With the key inside, hence not in the repr."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Goes under the request's body."""
+    price: Price | None = None
+    timeouts: Timeouts = Timeouts()

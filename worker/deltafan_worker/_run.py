@@ -1,0 +1,269 @@
+"""The job function: one prompt job from claim to terminal entry."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any, TypeAlias
+from uuid import uuid4
+
+import aiohttp
+import orjson
+
+from deltafan._errors import DeltafanError, InvalidRequest
+from deltafan._events import FAILED, Delta
+from deltafan._lua import load
+from deltafan._position import Position
+from deltafan._request import JobRequest, check_job_id, parse_request
+from deltafan._retention import Retention
+from deltafan._usage import CallOutcome, UsageRecord
+from deltafan_worker._chat import ChatDecoder
+from deltafan_worker._claim import Claim, Leave
+from deltafan_worker._ending import CallMeter, Ending, members, seal
+from deltafan_worker._interrupt import Interrupt, Reason
+from deltafan_worker._publisher import Publisher
+from deltafan_worker._retry import pause_before
+from deltafan_worker._route import Route
+from deltafan_worker._upstream import stream_generation
+from deltafan_worker._upstream_error import UpstreamError
+from deltafan_worker._writer import Begun, Call, Ended, NotOurs, RunLimits, Sealed, StreamWriter
+
+RELEASE_DELAY_MS = 1000
+"""A job that turned out to be another's is left to its owner for this long."""
+
+Resolve: TypeAlias = Callable[[str], Sequence[Route]]
+"""From a model's name to the providers to try, in order. Raises DeltafanError for a name that leads nowhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A job as this run sees it: what to do, or why that is impossible."""
+
+    id: str
+    request: JobRequest | None = None
+    routes: Sequence[Route] = ()
+    refusal: Ending | None = None
+
+
+class JobRunner:
+    """Runs prompt jobs; `generate` is the arq function."""
+
+    def __init__(
+        self,
+        *,
+        publisher: Publisher,
+        session: aiohttp.ClientSession,
+        resolve: Resolve,
+        retention: Retention,
+        worker: str,
+        max_attempts: int = 3,
+        max_retries: int = 3,
+    ) -> None:
+        self._publisher = publisher
+        self._session = session
+        self._resolve = resolve
+        self._retention = retention
+        self._worker = worker
+        self._max_attempts = max_attempts
+        self._max_retries = max_retries
+
+    async def generate(self, ctx: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+        """Generate one job's answer into its stream, and tell the claim how to leave the queue.
+
+        Never raises into arq, but for a job that arq's own abort ended: outcomes are plain data.
+        """
+        claim: Claim = ctx["claims"][ctx["job_id"]]
+        interrupt = Interrupt()
+        claim.interrupt = interrupt.cut
+        job = self._read(claim.job_id, fields)
+        retention = self._retention.with_ttl(job.request.ttl if job.request else None)
+        writer = StreamWriter(self._publisher, job.id, claim.number, retention, interrupt)
+        try:
+            await self._attempts(job, writer, claim)
+        finally:
+            writer.close()
+        if interrupt.reason is Reason.ABORTED and claim.status == "cancelled":
+            raise asyncio.CancelledError
+        return {"job_id": job.id, "status": claim.status}
+
+    async def end_unrun(self, claim: Claim, outcome: Any) -> None:
+        """Write the terminal entry of a job that arq ends without calling us: expired, aborted while it waited …"""
+        if isinstance(outcome, asyncio.CancelledError):
+            ending = Ending.cancelled("aborted")
+        else:
+            ending = Ending.failed("not_run", f"the queue gave the job up: {outcome}")
+        writer = StreamWriter(self._publisher, claim.job_id, claim.number, self._retention, Interrupt())
+        try:
+            await self._attempts(_Job(id=claim.job_id, refusal=ending), writer, claim)
+        finally:
+            writer.close()
+
+    def _read(self, job_id: str, fields: Mapping[str, Any]) -> _Job:
+        try:
+            check_job_id(job_id)
+            request = parse_request(fields)
+            return _Job(id=job_id, request=request, routes=self._resolve(request.model))
+        except DeltafanError as error:
+            code = "invalid_request" if isinstance(error, InvalidRequest) else error.code
+            return _Job(id=job_id, refusal=Ending.failed(code, str(error)))
+
+    async def _attempts(self, job: _Job, writer: StreamWriter, claim: Claim) -> None:
+        """Run attempts until one ends the job, or it is another's."""
+        limits = RunLimits(self._max_attempts, job.request.on_interrupt if job.request else "restart")
+        meter, note = self._meter(job), b""
+        verdict = await writer.begin(self._call(job, meter), limits)
+        while isinstance(verdict, Begun):
+            ending = await self._generate(job, writer, meter)
+            if ending is None:
+                await self._let_go(writer, meter, claim)
+                return
+            if self._may_restart(job, writer, ending):
+                note = _note(meter, writer, "interrupted")
+                meter = self._meter(job)
+                verdict = await writer.begin(self._call(job, meter), limits, previous_note=note)
+            else:
+                verdict = await writer.finish(partial(_seal, ending, writer, meter))
+        self._settle(claim, verdict, writer, meter)
+
+    async def _generate(self, job: _Job, writer: StreamWriter, meter: CallMeter | None) -> Ending | None:
+        """Stream one answer; None when the job is to be given to another worker."""
+        if job.refusal is not None or job.request is None or meter is None:
+            return job.refusal
+        ending: Ending | None = None
+        deadline_ms = job.request.deadline_ms
+        remaining_s = None if deadline_ms is None else max(0.0, deadline_ms / 1000 - time.time())
+        async with writer.interrupt.scope(remaining_s):
+            ending = await self._call_with_retries(job.routes, job.request.body, writer, meter)
+        if ending is not None:
+            return ending
+        if writer.interrupt.reason is Reason.ABORTED:
+            await self._record_cancel(writer)
+        return _ending_of(writer.interrupt)
+
+    async def _call_with_retries(
+        self, routes: Sequence[Route], body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter
+    ) -> Ending:
+        """Call the model, again and elsewhere if need be, as long as no delta has been published."""
+        last = UpstreamError(code="no_provider", message="no provider is configured", retryable=False)
+        for route in routes:
+            for retry in count(1):
+                try:
+                    return await self._call_once(route, body, writer, meter)
+                except UpstreamError as error:
+                    last = error
+                if len(writer.log):
+                    return Ending.failed(last.code, last.message, retryable=last.retryable)
+                pause_s = pause_before(retry, last, max_retries=self._max_retries, jitter=random.random())
+                if pause_s is None:
+                    break
+                await asyncio.sleep(pause_s)
+            if not last.retryable:
+                break
+        return Ending.failed(last.code, last.message, retryable=last.retryable)
+
+    async def _call_once(self, route: Route, body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter) -> Ending:
+        decoder = ChatDecoder()
+        clock = asyncio.get_running_loop().time
+
+        def publish(delta: Delta) -> None:
+            writer.append(delta)
+            if meter.deltas == 0:
+                meter.first_delta_s = clock()
+            meter.deltas += 1
+
+        meter.route, meter.started_at_ms, meter.started_s = route, time.time_ns() // 1_000_000, clock()
+        try:
+            completion = await stream_generation(self._session, route, body, decoder, publish)
+        finally:
+            meter.ended_s, meter.raw_usage, meter.response_id = clock(), decoder.usage, decoder.response_id
+        return Ending.completed(completion.finish_reason)
+
+    def _may_restart(self, job: _Job, writer: StreamWriter, ending: Ending) -> bool:
+        """Whether an answer that broke after its first delta is generated again, visibly to its readers."""
+        broken = ending.status == FAILED and ending.failure is not None and ending.failure.retryable
+        allowed = job.request is not None and job.request.on_interrupt == "restart" and writer.interrupt.reason is None
+        return broken and allowed and len(writer.log) > 0 and writer.attempt_no < self._max_attempts
+
+    async def _record_cancel(self, writer: StreamWriter) -> None:
+        """Make arq's abort a cancel of ours, so that it holds whatever happens next."""
+        args = ("aborted", self._retention.live_ms, *self._retention.ended_ms)
+        await self._publisher.run(load("cancel"), self._publisher.keys.job(writer.job_id), args)
+
+    async def _let_go(self, writer: StreamWriter, meter: CallMeter | None, claim: Claim) -> None:
+        """Leave a running job to the next worker, with its bill so far."""
+        claim.leave, claim.status = Leave.RELEASE, "running"
+        if writer.interrupt.reason is Reason.HAND_OVER:
+            await writer.hand_over(_note(meter, writer, "handed_over"))
+        elif meter is not None:
+            claim.notes = ((meter.call_id, _note(meter, writer, "interrupted")),)
+
+    def _settle(self, claim: Claim, verdict: Ended | NotOurs, writer: StreamWriter, meter: CallMeter | None) -> None:
+        called = meter is not None and meter.started_at_ms is not None
+        if isinstance(verdict, Ended):
+            claim.leave, claim.status, claim.notes = Leave.FINISH, verdict.status, verdict.notes
+            return
+        claim.leave, claim.status, claim.release_delay_ms = Leave.RELEASE, "running", RELEASE_DELAY_MS
+        if called and meter is not None:
+            claim.notes = ((meter.call_id, _note(meter, writer, "interrupted")),)
+
+    def _meter(self, job: _Job) -> CallMeter | None:
+        if job.request is None:
+            return None
+        return CallMeter(
+            job_id=job.id,
+            call_id=uuid4().hex,
+            lane=job.request.lane,
+            tenant=job.request.tenant,
+            worker=self._worker,
+            submitted_at_ms=job.request.submitted_at_ms,
+            route=job.routes[0],
+        )
+
+    def _call(self, job: _Job, meter: CallMeter | None) -> Call:
+        started: dict[str, Any] = {"worker": self._worker}
+        if meter is None:
+            return Call("", members(started), "")
+        route = meter.route
+        started |= {"provider": route.provider, "model": route.model, "api": route.api}
+        lost = meter.record("lost", attempt=0, attempt_no=0).to_json()
+        del lost["attempt"], lost["attempt_no"]
+        return Call(meter.call_id, members(started), members(lost))
+
+
+def _seal(ending: Ending, writer: StreamWriter, meter: CallMeter | None, cancel_reason: str | None) -> Sealed:
+    if cancel_reason is not None:
+        ending = Ending.cancelled(cancel_reason)
+    outcome: CallOutcome = "completed" if ending.status == "completed" else "cancelled"
+    if ending.status == FAILED:
+        outcome = "failed"
+    usage = None if meter is None else _record(meter, writer, outcome)
+    position = Position(writer.attempt, len(writer.log) + 1)
+    return seal(ending, writer.log.events(writer.attempt), usage, position)
+
+
+def _record(meter: CallMeter, writer: StreamWriter, outcome: CallOutcome) -> UsageRecord:
+    size_bytes = writer.log.size_bytes
+    return meter.record(outcome, attempt=writer.attempt, attempt_no=writer.attempt_no, output_bytes=size_bytes)
+
+
+def _note(meter: CallMeter | None, writer: StreamWriter, outcome: CallOutcome) -> bytes:
+    return b"" if meter is None else orjson.dumps(_record(meter, writer, outcome).to_json())
+
+
+def _ending_of(interrupt: Interrupt) -> Ending | None:
+    """The ending that an interrupt leads to; None when the job goes on elsewhere."""
+    match interrupt.reason:
+        case Reason.HAND_OVER | Reason.LEASE_LOST:
+            return None
+        case Reason.DEADLINE:
+            return Ending.failed("deadline_exceeded", "the job's deadline has passed")
+        case Reason.STREAM_LOST:
+            return Ending.failed("stream_lost", "the server lost the stream again and again; is it set to noeviction?")
+        case Reason.ABORTED:
+            return Ending.cancelled("aborted")
+        case _:
+            # For FENCED and ENDED `finish` finds out the same and writes nothing.
+            return Ending.cancelled(interrupt.detail or "requested")

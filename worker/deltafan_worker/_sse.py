@@ -1,0 +1,132 @@
+"""Server-sent events: bytes in, events out, as model servers really send them.
+
+The standard's rules (WHATWG HTML, "Interpreting an event stream"), and on purpose these divergences:
+- an event that is pending at the end of input is delivered: several servers leave out the last blank line;
+- an `id:` or `event:` line while data is pending ends the event: older gateways leave out all blank lines;
+- a block without data, or whose data is empty, is a keep-alive and delivers nothing, whatever else it holds;
+- the comment `:HTTP_STATUS/nnn` is kept, the only place where DashScope tells a status inside a 200;
+- `id:` and `retry:` have no meaning here: nobody reconnects to a model call.
+Lines end in LF, CR or CRLF and nothing else: U+2028 and its kin are text, which is why this works on bytes.
+"""
+
+import re
+from collections import deque
+from typing import NamedTuple
+
+DEFAULT_LIMIT_BYTES = 64 * 1024 * 1024
+"""For one event. A whole response with images or audio in base64 comes as one line of many MiB."""
+
+_LINE_END = re.compile(rb"\r\n|\r|\n")
+_STATUS = re.compile(rb":\s*HTTP_STATUS/(\d{3})")
+_BOM = b"\xef\xbb\xbf"
+
+
+class SseEvent(NamedTuple):
+    """One event. `data` is never empty; `event` is, where the stream names none."""
+
+    event: bytes
+    data: bytes
+    status: int | None
+
+
+class SseLimitExceeded(Exception):
+    """An event is larger than the decoder's limit; the stream can not be read further."""
+
+
+class SseDecoder:
+    """Feed bytes as they come, ask for events until there is none; how the bytes are cut makes no difference.
+
+    Takes time linear in the bytes and holds at most one event of `limit_bytes` beside those not asked for yet.
+    """
+
+    def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._events: deque[SseEvent] = deque()
+        self._head: bytes | None = b""
+        self._line: list[bytes] = []
+        self._line_bytes = 0
+        self._after_cr = False
+        self._data: list[bytes] = []
+        self._data_bytes = 0
+        self._event = b""
+        self._status: int | None = None
+        self._exceeded = False
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes."""
+        if self._exceeded:
+            return
+        if self._head is not None and (data := self._without_bom(data)) == b"":
+            return
+        if self._after_cr and data.startswith(b"\n"):
+            data = data[1:]
+        if not data:
+            return
+        self._after_cr = data.endswith(b"\r")
+        lines = _LINE_END.split(data) if b"\r" in data else data.split(b"\n")
+        rest = lines.pop()
+        if lines:
+            if self._line:
+                lines[0] = b"".join(self._line) + lines[0]
+                self._line, self._line_bytes = [], 0
+            for line in lines:
+                self._take(line)
+        if rest:
+            self._line.append(rest)
+            self._line_bytes += len(rest)
+        if self._line_bytes + self._data_bytes > self._limit_bytes:
+            self._exceeded = True
+
+    def end(self) -> None:
+        """There are no more bytes: what is pending becomes an event."""
+        if self._head:
+            self._line, self._head = [self._head], None
+        if self._line:
+            self._take(b"".join(self._line))
+            self._line = []
+        self._dispatch()
+
+    def next_event(self) -> SseEvent | None:
+        """The next event, or None when more bytes are needed.
+
+        Raises:
+            SseLimitExceeded: after all events before the one that is too large; then for ever.
+        """
+        if self._events:
+            return self._events.popleft()
+        if self._exceeded:
+            raise SseLimitExceeded(f"an event is larger than {self._limit_bytes} bytes")
+        return None
+
+    def _without_bom(self, data: bytes) -> bytes:
+        head = (self._head or b"") + data
+        if len(head) < len(_BOM) and _BOM.startswith(head):
+            self._head = head
+            return b""
+        self._head = None
+        return head.removeprefix(_BOM)
+
+    def _take(self, line: bytes) -> None:
+        if not line:
+            self._dispatch()
+        elif line.startswith(b"data:"):
+            value = line[6:] if line[5:6] == b" " else line[5:]
+            self._data.append(value)
+            self._data_bytes += len(value)
+        elif line.startswith((b"event:", b"id:")):
+            if self._data:
+                self._dispatch()
+            if line.startswith(b"event:"):
+                self._event = line[6:].removeprefix(b" ")
+        elif (status := _STATUS.match(line)) is not None:
+            self._status = int(status[1])
+
+    def _dispatch(self) -> None:
+        if self._data:
+            data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
+            if len(data) > self._limit_bytes:
+                self._exceeded = True
+            elif data.strip():
+                self._events.append(SseEvent(self._event, data, self._status))
+            self._data, self._data_bytes = [], 0
+        self._event, self._status = b"", None

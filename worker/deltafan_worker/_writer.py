@@ -1,0 +1,253 @@
+"""A job's stream as its running attempt writes it: begin, append, compare and heal, finish."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from deltafan._events import Delta
+from deltafan._lua import Script, load
+from deltafan._resp import Argument, Reply, pack
+from deltafan._retention import Retention
+from deltafan_worker._interrupt import Interrupt, Reason
+from deltafan_worker._log import AttemptLog
+
+if TYPE_CHECKING:
+    from deltafan_worker._publisher import Publisher
+
+log = logging.getLogger("deltafan.writer")
+
+MAX_REPLAYS = 5
+"""How often one run writes its stream anew before it gives up: a server that keeps losing keys is not noeviction."""
+
+_BEGIN, _COMPARE, _FINISH, _HAND_OVER = (
+    load(name, "deltafan_worker") for name in ("begin", "compare", "finish", "hand_over")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A model call about to be made: its id, what `started` tells readers, and the record that stands if we vanish."""
+
+    id: str
+    started: str
+    """JSON members."""
+    lost_note: str
+    """JSON members."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunLimits:
+    """What `begin` enforces; a replay is no run, so nothing of it applies there."""
+
+    max_runs: int = 3
+    on_interrupt: str = "restart"
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The attempt is open: call the model."""
+
+    attempt: int
+    attempt_no: int
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The job has its terminal entry, ours or another's."""
+
+    status: str
+    notes: tuple[tuple[str, bytes], ...]
+    """Usage notes of all its model calls: call id, record."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotOurs:
+    """A newer claim or attempt owns the job: leave it alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What the last entry of an attempt is made of."""
+
+    type: str
+    data: bytes
+    result: bytes
+    note: bytes
+
+
+class StreamWriter:
+    """One job's stream, written through the process's publisher.
+
+    `append` never waits. Everything that is appended reaches the stream in order and once, whatever the connection
+    or the server does, or the run is interrupted: FENCED, ENDED, STREAM_LOST.
+    """
+
+    def __init__(self, publisher: "Publisher", job_id: str, claim: int, retention: Retention, interrupt: Interrupt) -> None:
+        self.job_id = job_id
+        self.log = AttemptLog()
+        self.attempt = 0
+        self.attempt_no = 0
+        self.interrupt = interrupt
+        self._publisher = publisher
+        self._claim = claim
+        self._retention = retention
+        self._keys = publisher.keys.job(job_id)
+        self.events_key = self._keys[0].encode()
+        self.state_key = self._keys[1]
+        self.ring = pack("PUBLISH", publisher.keys.bell(job_id), "")
+        self.live_ms = retention.live_ms
+        self.run = ""
+        self._call = Call("", "", "")
+        self._sent = 0
+        self._flowing = False
+        self._doubtful = False
+        self._replays = 0
+        self._healing = asyncio.Lock()
+
+    async def begin(self, call: Call, limits: RunLimits, *, previous_note: bytes = b"") -> Begun | Ended | NotOurs:
+        """Open an attempt: the claim's first, or, with the usage note of the call it follows, a restart in place."""
+        async with self._healing:
+            self._flowing = False
+            self.log = AttemptLog()
+            return await self._open("restart" if self.run else "claim", call, limits, previous_note)
+
+    def append(self, delta: Delta) -> None:
+        """Add a delta to the stream. It goes out with the next flush."""
+        self.log.append(delta)
+        if self._flowing:
+            self._publisher.flush_soon(self)
+
+    def unsent(self) -> list[bytes]:
+        """The commands that the next flush sends; they count as sent."""
+        if not self._flowing:
+            return []
+        commands = self.log.commands(self.events_key, self.attempt, self._sent)
+        self._sent = len(self.log)
+        return commands
+
+    def on_append(self, reply: Reply) -> None:
+        """Take the reply to one append. Anything but an id stops this job's appends until a compare has told why."""
+        if type(reply) is not bytes and self._flowing:
+            self.stop_flow()
+            self._publisher.heal_soon(self)
+
+    def stop_flow(self) -> None:
+        """Hold back appends until a compare: the connection is new, or one was refused."""
+        self._flowing = False
+        self._doubtful = True
+
+    async def heal(self) -> Ended | NotOurs | None:
+        """Find out where the stream stands and put back what it lacks; None when it is ours and whole again."""
+        async with self._healing:
+            if self._flowing or self.run == "":
+                return None
+            verdict = await self._compare()
+        if isinstance(verdict, Ended):
+            self.interrupt.cut(Reason.ENDED)
+        elif isinstance(verdict, NotOurs):
+            self.interrupt.cut(Reason.FENCED)
+        return verdict
+
+    async def finish(self, seal: Callable[[str | None], Sealed]) -> Ended | NotOurs:
+        """Write the terminal entry behind everything appended.
+
+        `seal(None)` makes it as the run ended, `seal(reason)` as cancelled: a cancel that was acknowledged earlier
+        wins. It is called anew for every try, since a healing may have changed the attempt's number.
+        """
+        cancel: str | None = None
+        while True:
+            if not self._flowing and (verdict := await self.heal()) is not None:
+                return verdict
+            sealed = seal(cancel)
+            self._publisher.flush(self)
+            seq = len(self.log) + 1
+            entry = (self.run, self.attempt, seq, sealed.type, sealed.data, sealed.result, self._call.id, sealed.note)
+            reply = await self._ask(_FINISH, (*entry, *self._retention.ended_ms))
+            match reply[0]:
+                case b"CANCEL":
+                    cancel = reply[1].decode()
+                case b"CHECK":
+                    self.stop_flow()
+                case _:
+                    return _ended(reply)
+
+    async def hand_over(self, note: bytes) -> tuple[tuple[str, bytes], ...]:
+        """Let go of the job without spending a run. Returns the usage notes so far, for the ledger."""
+        self._publisher.flush(self)
+        self._flowing = False
+        reply = await self._ask(_HAND_OVER, (self.run, self._call.id, note, self._retention.live_ms))
+        return _pairs(reply[1])
+
+    def close(self) -> None:
+        """Leave the publisher: nothing more is sent for this job."""
+        self._flowing = False
+        self._publisher.remove(self)
+
+    async def _open(self, mode: str, call: Call, limits: RunLimits, previous_note: bytes) -> Begun | Ended | NotOurs:
+        run, previous_call = uuid4().hex, self._call.id if previous_note else ""
+        self._publisher.add(self)
+        self._doubtful = False
+        owner = (run, self.run, self._claim, self.attempt, mode, limits.max_runs, self._retention.live_ms)
+        notes = (call.started, call.id, call.lost_note, previous_call, previous_note)
+        reply = await self._ask(_BEGIN, (*owner, *notes, *self._retention.ended_ms, limits.on_interrupt))
+        if reply[0] == b"STALE":
+            return NotOurs()
+        if reply[0] == b"ENDED":
+            return _ended(reply)
+        self.run, self._call = run, call
+        self.attempt, self.attempt_no, how = int(reply[1]), reply[2], reply[3].decode()
+        self._sent, self._flowing = 0, not self._doubtful
+        if self._doubtful:  # the connection that answered is gone already
+            self._publisher.heal_soon(self)
+        self._publisher.flush_soon(self)
+        return Begun(self.attempt, self.attempt_no, how)
+
+    async def _compare(self) -> Ended | NotOurs | None:
+        position = (self.run, self.attempt, self._claim, self._sent)
+        reply = await self._ask(_COMPARE, (*position, self._retention.live_ms, *self._retention.ended_ms))
+        if reply[0] == b"FENCED":
+            return NotOurs()
+        if reply[0] == b"ENDED":
+            return _ended(reply)
+        if reply[1]:
+            self.interrupt.cut(Reason.CANCELLED, reply[1].decode())
+        if reply[0] == b"REPLAY":
+            return await self._replay()
+        if reply[0] == b"HEAL":
+            log.warning("job %s: the server lost entries; %d are written again", self.job_id, self._sent - reply[2])
+            self._sent = reply[2]
+        self._flowing = True
+        self._publisher.flush_soon(self)
+        return None
+
+    async def _replay(self) -> Ended | NotOurs | None:
+        self._replays += 1
+        if self._replays > MAX_REPLAYS:
+            self.interrupt.cut(Reason.STREAM_LOST)
+        log.warning("job %s: its stream was lost; all of it is written again in a new attempt", self.job_id)
+        verdict = await self._open("replay", self._call, RunLimits(), b"")
+        return None if isinstance(verdict, Begun) else verdict
+
+    async def _ask(self, script: Script, args: tuple[Argument, ...]) -> Reply:
+        """Run a script of the job. An answer that the job has ended is believed once the replicas have it."""
+        while True:
+            reply = await self._publisher.run(script, self._keys, args)
+            if not _says_ended(reply) or await self._publisher.is_durable(self.state_key):
+                return reply
+
+
+def _says_ended(reply: Reply) -> bool:
+    """The answers ENDED, ALREADY and finish's OK carry the usage notes; no other has a list there."""
+    return len(reply) == 3 and isinstance(reply[2], list)
+
+
+def _ended(reply: Reply) -> Ended:
+    return Ended(reply[1].decode(), _pairs(reply[2]))
+
+
+def _pairs(flat: list[bytes]) -> tuple[tuple[str, bytes], ...]:
+    return tuple((name.decode(), value) for name, value in zip(flat[::2], flat[1::2], strict=True))

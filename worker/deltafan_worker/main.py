@@ -1,0 +1,163 @@
+"""The worker's entry point: settings in, running processes out."""
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+
+import aiohttp
+import orjson
+import uvloop
+from arq.connections import ArqRedis
+from arq.worker import func
+from deltafan_config import Catalogue, Settings
+from redis.asyncio import BlockingConnectionPool
+from redis.exceptions import RedisError
+
+from deltafan._keys import FUNCTION, LANES, Keys
+from deltafan._retention import Retention
+from deltafan._url import masked_url
+from deltafan_worker._cancels import listen_for_cancels
+from deltafan_worker._leased import BEAT_S, LeasedWorker
+from deltafan_worker._publisher import Publisher
+from deltafan_worker._router import Router
+from deltafan_worker._run import JobRunner
+from deltafan_worker._serialize import deserialize, serialize
+from deltafan_worker._signals import on_stop_signals
+
+log = logging.getLogger("deltafan.worker")
+
+_WAIT_S = 1.0
+_PRESENCE_S = 5.0
+
+
+def run_worker(settings: Settings, env: Mapping[str, str], *, burst: bool = False) -> None:
+    """Run one worker process until SIGTERM or SIGINT has drained it, or, as a burst, until nothing is due."""
+    uvloop.run(serve(settings, env, burst=burst))
+
+
+async def serve(settings: Settings, env: Mapping[str, str], *, burst: bool = False) -> None:
+    """Run one worker in this event loop."""
+    keys = Keys(settings.prefix)
+    retention = retention_of(settings)
+    name = f"{socket.gethostname()}:{os.getpid()}"
+    resolve = Router(Catalogue.load(settings.models), settings, env)
+    publisher = Publisher(
+        settings.streams_url,
+        keys,
+        beat_s=min(BEAT_S, settings.lease_s / 3),
+        replicas=settings.replicas,
+        replicas_timeout_ms=settings.replicas_timeout_ms,
+    )
+    async with _queue_pool(settings) as pool, _http_session() as session:
+        runner = JobRunner(
+            publisher=publisher,
+            session=session,
+            resolve=resolve,
+            retention=retention,
+            worker=name,
+            max_attempts=settings.max_attempts,
+            max_retries=settings.max_retries,
+        )
+        worker = LeasedWorker(
+            [func(runner.generate, name=FUNCTION)],
+            pool=pool,
+            keys=keys,
+            queues=[keys.queue(lane) for lane in LANES],
+            lease_s=settings.lease_s,
+            concurrency=settings.concurrency,
+            drain_timeout_s=settings.drain_timeout_s,
+            ledger_max_records=settings.ledger_max_records,
+            billed_ttl_ms=retention.state_ms,
+            burst=burst,
+            on_unrun=runner.end_unrun,
+        )
+        with on_stop_signals(worker.drain):
+            await _wait_for_redis(pool, settings, worker)
+            async with asyncio.TaskGroup() as tasks:
+                helpers = [
+                    tasks.create_task(publisher.keep_open(), name="deltafan-publisher"),
+                    tasks.create_task(listen_for_cancels(settings.streams_url, keys.cancels, publisher.on_cancel)),
+                    tasks.create_task(_show_presence(pool, keys, name, worker)),
+                ]
+                log.info("worker %s: ready, %d at once", name, settings.concurrency)
+                await worker.main()
+                for helper in helpers:
+                    helper.cancel()
+    log.info("worker %s: stopped", name)
+
+
+async def is_healthy(settings: Settings) -> bool:
+    """Whether a worker of this host has shown itself within the last seconds."""
+    async with _queue_pool(settings) as pool:
+        pattern = f"{Keys(settings.prefix).workers}{socket.gethostname()}:*"
+        return any([True async for _ in pool.scan_iter(match=pattern, count=1000)])
+
+
+def retention_of(settings: Settings) -> Retention:
+    """The lifetimes that the settings ask for."""
+    return Retention(
+        stream_ms=int(settings.stream_ttl_s * 1000),
+        result_ms=int(settings.result_ttl_s * 1000),
+        queue_ms=int(settings.queue_ttl_s * 1000),
+    )
+
+
+@asynccontextmanager
+async def _queue_pool(settings: Settings) -> AsyncIterator[ArqRedis]:
+    # Our scripts are safe to repeat, but a WATCH of arq's is not: no retries inside the client.
+    connections = BlockingConnectionPool.from_url(
+        settings.redis_url,
+        max_connections=64,
+        timeout=5,
+        socket_connect_timeout=5,
+        socket_timeout=10,
+        socket_keepalive=True,
+        client_name="deltafan-queue",
+    )
+    pool = ArqRedis(connections, job_serializer=serialize, job_deserializer=deserialize)
+    try:
+        yield pool
+    finally:
+        await pool.aclose(close_connection_pool=True)
+
+
+@asynccontextmanager
+async def _http_session() -> AsyncIterator[aiohttp.ClientSession]:
+    # As many connections as there are generations; cookies of a provider are nobody's business.
+    connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=60)
+    async with aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar()) as session:
+        yield session
+
+
+async def _wait_for_redis(pool: ArqRedis, settings: Settings, worker: LeasedWorker) -> None:
+    """Return when the queue's server answers, or the worker is told to stop."""
+    waiting = False
+    while not worker.is_draining:
+        try:
+            memory = await pool.info("memory")
+        except (RedisError, OSError) as error:
+            if not waiting:
+                log.warning("no Redis at %s (%s); waiting for it", masked_url(settings.redis_url), error)
+            waiting = True
+            await asyncio.sleep(_WAIT_S)
+            continue
+        policy = memory.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            log.warning(
+                "Redis at %s may evict keys (maxmemory-policy %s): streams and bills can be lost; set noeviction",
+                masked_url(settings.redis_url),
+                policy,
+            )
+        return
+
+
+async def _show_presence(pool: ArqRedis, keys: Keys, name: str, worker: LeasedWorker) -> None:
+    """Keep a short-lived key that says this worker is alive and how busy it is."""
+    while True:
+        with suppress(RedisError, OSError):
+            load = orjson.dumps({"running": len(worker.tasks), "slots": worker.max_jobs})
+            await pool.set(f"{keys.workers}{name}", load, px=int(_PRESENCE_S * 3000))
+        await asyncio.sleep(_PRESENCE_S)
