@@ -139,7 +139,9 @@ class Catalogue(_Table):
         try:
             data = tomllib.loads(source.read_text(encoding="utf-8"))
         except OSError as error:
-            raise CatalogueError(f"{source}: can not be read ({error.strerror}); set DELTAFAN_MODELS to a catalogue") from None
+            raise CatalogueError(
+                f"{source}: can not be read ({error.strerror}); set DELTAFAN_MODELS to a catalogue"
+            ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise CatalogueError(f"{source}: is not TOML: {error}") from None
         try:
@@ -196,7 +198,8 @@ def _named(data: Mapping[str, Any]) -> dict[str, Any]:
         entries = tables.get(kind)
         if isinstance(entries, Mapping):
             tables[kind] = {
-                name: {**entry, "name": name} if isinstance(entry, Mapping) else entry for name, entry in entries.items()
+                name: {**entry, "name": name} if isinstance(entry, Mapping) else entry
+                for name, entry in entries.items()
             }
     return tables
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from deltafan._errors import DeltafanError
+from deltafan._retention import Retention
 from deltafan._url import masked_url
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -87,8 +88,19 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _check_lifetimes(self) -> Self:
         if self.stream_ttl_s > self.result_ttl_s:
-            raise ValueError(f"stream_ttl_s ({self.stream_ttl_s:g}) must not exceed result_ttl_s ({self.result_ttl_s:g})")
+            raise ValueError(
+                f"stream_ttl_s ({self.stream_ttl_s:g}) must not exceed result_ttl_s ({self.result_ttl_s:g})"
+            )
         return self
+
+    @property
+    def retention(self) -> Retention:
+        """The three lifetimes as the library takes them."""
+        return Retention(
+            stream_ms=int(self.stream_ttl_s * 1000),
+            result_ms=int(self.result_ttl_s * 1000),
+            queue_ms=int(self.queue_ttl_s * 1000),
+        )
 
     def __repr_args__(self) -> Any:
         for name, value in super().__repr_args__():

@@ -1,10 +1,10 @@
 """deltafan: one model generation, published once, read by many.
 
-    async with Producer.connect(url) as producer, Consumer.connect(url) as consumer:
-        job = await producer.submit(model="qwen3.6-plus", messages=[{"role": "user", "content": "Hi"}])
-        async with consumer.tail(job.id) as events:
-            async for event in events:
-                print(event.text, end="")
+async with Producer.connect(url) as producer, Consumer.connect(url) as consumer:
+    job = await producer.submit(model="qwen3.6-plus", messages=[{"role": "user", "content": "Hi"}])
+    async with consumer.tail(job.id) as events:
+        async for event in events:
+            print(event.text, end="")
 """
 
 from deltafan._consumer import Consumer

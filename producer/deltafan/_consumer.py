@@ -69,7 +69,9 @@ class Consumer:
         check_job_id(job_id)
         follower, folding = Follower(), Fold()
         while True:
-            (page,) = await self._hub.ask(pack("XRANGE", self._keys.events(job_id), follower.range_start, "+", "COUNT", PAGE))
+            (page,) = await self._hub.ask(
+                pack("XRANGE", self._keys.events(job_id), follower.range_start, "+", "COUNT", PAGE)
+            )
             before = follower.cursor
             for event in follower.take(cast(list[RawEntry], page)):
                 folding.add(event)

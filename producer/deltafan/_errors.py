@@ -46,7 +46,9 @@ class InvalidPosition(InvalidRequest):
     code = "invalid_position"
 
     def __init__(self, text: str) -> None:
-        super().__init__("position", f"{text[:64]!r} is not <attempt>-<seq>; pass the position of an event you have seen")
+        super().__init__(
+            "position", f"{text[:64]!r} is not <attempt>-<seq>; pass the position of an event you have seen"
+        )
 
 
 class JobError(DeltafanError):
@@ -65,7 +67,9 @@ class JobConflict(JobError):
     code = "job_conflict"
 
     def __init__(self, job_id: str) -> None:
-        super().__init__(job_id, "another request was submitted under this id; use a new id, or submit the same model, api and body")
+        super().__init__(
+            job_id, "another request was submitted under this id; use a new id, or submit the same model, api and body"
+        )
 
 
 class JobNotFound(JobError):
@@ -74,7 +78,9 @@ class JobNotFound(JobError):
     code = "job_not_found"
 
     def __init__(self, job_id: str) -> None:
-        super().__init__(job_id, "not found: it was never submitted to this server and prefix, or all of it has expired")
+        super().__init__(
+            job_id, "not found: it was never submitted to this server and prefix, or all of it has expired"
+        )
 
 
 class StreamExpired(JobError):
@@ -119,7 +125,9 @@ class ResultTimeout(JobError, TimeoutError):
     def __init__(self, job_id: str, timeout_s: float, status: str) -> None:
         self.timeout_s = timeout_s
         self.status = status
-        super().__init__(job_id, f"no result after {timeout_s:g} s (status {status}); the job goes on, ask again or cancel it")
+        super().__init__(
+            job_id, f"no result after {timeout_s:g} s (status {status}); the job goes on, ask again or cancel it"
+        )
 
 
 class RedisUnavailable(DeltafanError, ConnectionError):

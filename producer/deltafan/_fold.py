@@ -177,7 +177,8 @@ def merge_tool_calls(fragments: Iterable[ToolCallDelta | None]) -> tuple[ToolCal
         if fragment.name:
             names.setdefault(fragment.index, fragment.name)
     return tuple(
-        ToolCall(ids.get(index, ""), names.get(index, ""), "".join(arguments[index]) or "{}") for index in sorted(arguments)
+        ToolCall(ids.get(index, ""), names.get(index, ""), "".join(arguments[index]) or "{}")
+        for index in sorted(arguments)
     )
 
 

@@ -139,7 +139,9 @@ class Hub:
         while True:
             alive = asyncio.Event()
             self._reads.send(pack("PING"), [lambda _: alive.set()])
-            await asyncio.wait([self._bells.lost, self._reads.lost], timeout=SWEEP_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                [self._bells.lost, self._reads.lost], timeout=SWEEP_S, return_when=asyncio.FIRST_COMPLETED
+            )
             if self._bells.is_lost or self._reads.is_lost or not alive.is_set():
                 return
             self._sweep()

@@ -204,11 +204,16 @@ class Producer:
         if isinstance(given.get("deadline"), timedelta):
             given["deadline"] = datetime.now(UTC) + given["deadline"]
         request = parse_request(given, max_body_bytes=self._max_body_bytes)
-        return _Submission(check_job_id(job_id) if job_id is not None else token_hex(16), request, time.time_ns() // 1_000_000)
+        return _Submission(
+            check_job_id(job_id) if job_id is not None else token_hex(16), request, time.time_ns() // 1_000_000
+        )
 
     async def _send(self, submissions: Sequence[_Submission]) -> list[Job]:
         together = self._streams is self._queue
-        calls = [self._submit_call(submission, ring=together and index < RINGS) for index, submission in enumerate(submissions)]
+        calls = [
+            self._submit_call(submission, ring=together and index < RINGS)
+            for index, submission in enumerate(submissions)
+        ]
         answers = await self._streams.run_many(load("submit", using=("common", "enqueue")), calls)
         await self._wait(self._streams)
         if not together:

@@ -104,7 +104,9 @@ def parse_request(fields: Mapping[str, Any], *, max_body_bytes: int = MAX_BODY_B
         raise _explain(error) from None
     size_bytes = len(_dump_body(request))
     if size_bytes > max_body_bytes:
-        raise InvalidRequest("body", f"is {size_bytes} bytes long, the limit is {max_body_bytes}; pass large media by URL")
+        raise InvalidRequest(
+            "body", f"is {size_bytes} bytes long, the limit is {max_body_bytes}; pass large media by URL"
+        )
     return request
 
 

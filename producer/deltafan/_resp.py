@@ -139,6 +139,8 @@ class RespConnection(asyncio.Protocol):
     def _end(self) -> None:
         if not self.lost.done():
             self.lost.set_result(None)
+            # redis-py's object is not to close, or complain of, what is closed.
+            self._opened._writer = self._opened._reader = None
             self._fail_handlers()
 
     def _fail_handlers(self) -> None:

@@ -106,7 +106,11 @@ class ChatDecoder:
         if choice is not None:
             self._take_choice(choice, chunk)
         # An error behind a finish_reason takes nothing back of an answer that is complete.
-        if self._error is None and self._finish_reason is None and _is_error(chunk, event, has_choice=choice is not None):
+        if (
+            self._error is None
+            and self._finish_reason is None
+            and _is_error(chunk, event, has_choice=choice is not None)
+        ):
             self._error = from_payload(chunk, status=event.status)
 
     def _take_choice(self, choice: Mapping[str, Any], chunk: Mapping[str, Any]) -> None:
@@ -157,7 +161,9 @@ class ChatDecoder:
             self._held[kind] = text[-1]
             text = text[:-1]
         if text:
-            self._deltas.append(Delta(kind, text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()))
+            self._deltas.append(
+                Delta(kind, text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode())
+            )
 
     def _release_held(self) -> None:
         while self._held:

@@ -149,4 +149,6 @@ def seal(ending: Ending, events: Iterable[Event], usage: UsageRecord | None, pos
         provider=usage.provider if usage else None,
     )
     data = orjson.dumps(ending.data(usage))
-    return Sealed(ending.status, data, orjson.dumps(generation.to_json()), orjson.dumps(usage.to_json()) if usage else b"")
+    return Sealed(
+        ending.status, data, orjson.dumps(generation.to_json()), orjson.dumps(usage.to_json()) if usage else b""
+    )

@@ -1,9 +1,11 @@
-"""Interrupts: reasons to cut a run short from outside, and the scope in which that may happen."""
+"""Interrupts: reasons to cut a run short from outside, and the only way in which that may happen."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine
 from enum import Enum
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Reason(Enum):
@@ -30,7 +32,7 @@ class Reason(Enum):
 class Interrupt:
     """Cuts one run short; the first reason stays.
 
-    Only what runs inside `scope` is ever cancelled, so a job that is being finished can not be torn apart.
+    Only what is awaited through `run` is ever cancelled, so a job that is being finished can not be torn apart.
     """
 
     def __init__(self) -> None:
@@ -40,25 +42,23 @@ class Interrupt:
         self._timeout: asyncio.Timeout | None = None
 
     def cut(self, reason: Reason, detail: str = "") -> None:
-        """Stop what runs in the scope, now or when it is entered."""
+        """Stop what is being run, or will be."""
         if self.reason is None:
             self.reason, self.detail = reason, detail
             if self._timeout is not None:
                 self._timeout.reschedule(asyncio.get_running_loop().time())
 
-    @asynccontextmanager
-    async def scope(self, remaining_s: float | None = None) -> AsyncIterator[None]:
-        """Run the block until it ends, somebody cuts it short, or `remaining_s` are over (reason DEADLINE).
-
-        Leaves normally in each case: look at `reason` afterwards.
-        """
+    async def run(self, work: Coroutine[Any, Any, T], *, within_s: float | None = None) -> T | None:
+        """The value of `work`; None when it was cut short, by `cut` or (reason DEADLINE) because its time was over."""
         if self.reason is not None:
-            remaining_s = 0
+            work.close()
+            return None
         try:
-            async with asyncio.timeout(remaining_s) as self._timeout:
-                yield
+            async with asyncio.timeout(within_s) as self._timeout:
+                return await work
         except TimeoutError:
             if self.reason is None:
                 self.reason = Reason.DEADLINE
+            return None
         finally:
             self._timeout = None

@@ -45,7 +45,9 @@ _RETRY_PAUSE_S = 0.2
 _FOREVER_S = 10 * 366 * 86_400
 _ENDLESS_TRIES = 2**31
 
-_CLAIM, _BEAT, _CLOSE, _RELEASE = (load(name, "deltafan_worker", using=()) for name in ("claim", "beat", "close", "release"))
+_CLAIM, _BEAT, _CLOSE, _RELEASE = (
+    load(name, "deltafan_worker", using=()) for name in ("claim", "beat", "close", "release")
+)
 
 
 class LeasedWorker(Worker):
@@ -58,6 +60,7 @@ class LeasedWorker(Worker):
         self,
         functions: Sequence[Function],
         *,
+        name: str,
         pool: ArqRedis,
         keys: Keys,
         queues: Sequence[str],
@@ -83,6 +86,7 @@ class LeasedWorker(Worker):
             job_serializer=serialize,
             job_deserializer=deserialize,
         )
+        self.name = name
         self.process = uuid4().hex[:12]
         self.claims: dict[str, Claim] = {}
         self.ctx["claims"] = self.claims
@@ -159,7 +163,9 @@ class LeasedWorker(Worker):
         try:
             await self.run_job(claim.job_id, claim.score)
         except (RedisError, OSError) as error:
-            log.warning("job %s: the queue was lost (%s); it is run again when its lease has run out", claim.job_id, error)
+            log.warning(
+                "job %s: the queue was lost (%s); it is run again when its lease has run out", claim.job_id, error
+            )
         except Exception:
             log.exception("job %s: could not be run; it is tried again when its lease has run out", claim.job_id)
         finally:

@@ -64,7 +64,14 @@ class AttemptLog:
             entry_id = b"%d-%d" % (attempt, index + 1)
             commands.append(
                 b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n"
-                % (head, len(entry_id), entry_id, _MIDDLES[codes[index]], end - start, data[start - offset : end - offset])
+                % (
+                    head,
+                    len(entry_id),
+                    entry_id,
+                    _MIDDLES[codes[index]],
+                    end - start,
+                    data[start - offset : end - offset],
+                )
             )
             start = end
         return commands

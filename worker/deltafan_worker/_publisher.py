@@ -111,19 +111,26 @@ class Publisher:
 
     async def keep_open(self) -> None:
         """Hold the connection, reopen it when it breaks, and keep the streams alive; runs until cancelled."""
-        async with asyncio.TaskGroup() as self._tasks:
-            while True:
-                self._connection = await self._open()
-                self._unanswered = 0
-                self._connected.set()
-                for writer in tuple(self._writers):
-                    self.heal_soon(writer)
-                await self._beat_until_lost(self._connection)
-                self._connected.clear()
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                while True:
+                    await self._serve(await self._open())
+        finally:
+            if self._connection is not None:
                 self._connection.close()
-                for writer in self._writers:
-                    writer.stop_flow()
-                log.warning("Redis at %s: connection lost; running jobs go on and wait for it", masked_url(self._url))
+
+    async def _serve(self, connection: RespConnection) -> None:
+        """Use a new connection until it is lost."""
+        self._connection, self._unanswered = connection, 0
+        self._connected.set()
+        for writer in tuple(self._writers):
+            self.heal_soon(writer)
+        await self._beat_until_lost(connection)
+        self._connected.clear()
+        connection.close()
+        for writer in self._writers:
+            writer.stop_flow()
+        log.warning("Redis at %s: connection lost; running jobs go on and wait for it", masked_url(self._url))
 
     async def _open(self) -> RespConnection:
         while True:

@@ -132,11 +132,10 @@ class JobRunner:
         """Stream one answer; None when the job is to be given to another worker."""
         if job.refusal is not None or job.request is None or meter is None:
             return job.refusal
-        ending: Ending | None = None
         deadline_ms = job.request.deadline_ms
         remaining_s = None if deadline_ms is None else max(0.0, deadline_ms / 1000 - time.time())
-        async with writer.interrupt.scope(remaining_s):
-            ending = await self._call_with_retries(job.routes, job.request.body, writer, meter)
+        call = self._call_with_retries(job.routes, job.request.body, writer, meter)
+        ending = await writer.interrupt.run(call, within_s=remaining_s)
         if ending is not None:
             return ending
         if writer.interrupt.reason is Reason.ABORTED:

@@ -47,7 +47,9 @@ _RETRYABLE_CODES = frozenset(
     }
 )
 # `insufficient_quota` is the end of the money at OpenAI and a limit per minute at DashScope; only the words tell.
-_EXHAUSTED = re.compile(r"exhausted|exceeded your current quota|month|billing|plan and billing|free tier|token-plan", re.IGNORECASE)
+_EXHAUSTED = re.compile(
+    r"exhausted|exceeded your current quota|month|billing|plan and billing|free tier|token-plan", re.IGNORECASE
+)
 _STATUS_IN_TEXT = re.compile(r"HTTP_STATUS/(\d{3})")
 
 
@@ -99,7 +101,11 @@ def from_payload(payload: Mapping[str, Any], *, status: int | None = None) -> Up
     """The error of a frame inside a 200."""
     code, message, request_id = _read(payload)
     error = payload.get("error")
-    numbers = [status, error.get("status_code") if isinstance(error, dict) else None, error.get("code") if isinstance(error, dict) else None]
+    numbers = [
+        status,
+        error.get("status_code") if isinstance(error, dict) else None,
+        error.get("code") if isinstance(error, dict) else None,
+    ]
     known = next((number for number in numbers if isinstance(number, int) and 400 <= number < 600), None)
     return UpstreamError(
         code=code or "stream_error",

@@ -86,7 +86,9 @@ class StreamWriter:
     or the server does, or the run is interrupted: FENCED, ENDED, STREAM_LOST.
     """
 
-    def __init__(self, publisher: "Publisher", job_id: str, claim: int, retention: Retention, interrupt: Interrupt) -> None:
+    def __init__(
+        self, publisher: "Publisher", job_id: str, claim: int, retention: Retention, interrupt: Interrupt
+    ) -> None:
         self.job_id = job_id
         self.log = AttemptLog()
         self.attempt = 0

@@ -17,7 +17,6 @@ from redis.asyncio import BlockingConnectionPool
 from redis.exceptions import RedisError
 
 from deltafan._keys import FUNCTION, LANES, Keys
-from deltafan._retention import Retention
 from deltafan._url import masked_url
 from deltafan_worker._cancels import listen_for_cancels
 from deltafan_worker._leased import BEAT_S, LeasedWorker
@@ -39,11 +38,21 @@ def run_worker(settings: Settings, env: Mapping[str, str], *, burst: bool = Fals
 
 
 async def serve(settings: Settings, env: Mapping[str, str], *, burst: bool = False) -> None:
-    """Run one worker in this event loop."""
+    """Run one worker in this event loop until a signal has drained it."""
+    async with open_worker(settings, env, burst=burst) as worker:
+        with on_stop_signals(worker.drain):
+            await _wait_for_redis(worker.pool, settings, worker)
+            log.info("worker %s: ready, %d at once", worker.name, settings.concurrency)
+            await worker.main()
+            log.info("worker %s: stopped", worker.name)
+
+
+@asynccontextmanager
+async def open_worker(
+    settings: Settings, env: Mapping[str, str], *, burst: bool = False
+) -> AsyncIterator[LeasedWorker]:
+    """A worker with all that it needs; `await worker.main()` runs it, `worker.drain()` ends that."""
     keys = Keys(settings.prefix)
-    retention = retention_of(settings)
-    name = f"{socket.gethostname()}:{os.getpid()}"
-    resolve = Router(Catalogue.load(settings.models), settings, env)
     publisher = Publisher(
         settings.streams_url,
         keys,
@@ -52,17 +61,19 @@ async def serve(settings: Settings, env: Mapping[str, str], *, burst: bool = Fal
         replicas_timeout_ms=settings.replicas_timeout_ms,
     )
     async with _queue_pool(settings) as pool, _http_session() as session:
+        name = f"{socket.gethostname()}:{os.getpid()}"
         runner = JobRunner(
             publisher=publisher,
             session=session,
-            resolve=resolve,
-            retention=retention,
+            resolve=Router(Catalogue.load(settings.models), settings, env),
+            retention=settings.retention,
             worker=name,
             max_attempts=settings.max_attempts,
             max_retries=settings.max_retries,
         )
         worker = LeasedWorker(
             [func(runner.generate, name=FUNCTION)],
+            name=name,
             pool=pool,
             keys=keys,
             queues=[keys.queue(lane) for lane in LANES],
@@ -70,23 +81,19 @@ async def serve(settings: Settings, env: Mapping[str, str], *, burst: bool = Fal
             concurrency=settings.concurrency,
             drain_timeout_s=settings.drain_timeout_s,
             ledger_max_records=settings.ledger_max_records,
-            billed_ttl_ms=retention.state_ms,
+            billed_ttl_ms=settings.retention.state_ms,
             burst=burst,
             on_unrun=runner.end_unrun,
         )
-        with on_stop_signals(worker.drain):
-            await _wait_for_redis(pool, settings, worker)
-            async with asyncio.TaskGroup() as tasks:
-                helpers = [
-                    tasks.create_task(publisher.keep_open(), name="deltafan-publisher"),
-                    tasks.create_task(listen_for_cancels(settings.streams_url, keys.cancels, publisher.on_cancel)),
-                    tasks.create_task(_show_presence(pool, keys, name, worker)),
-                ]
-                log.info("worker %s: ready, %d at once", name, settings.concurrency)
-                await worker.main()
-                for helper in helpers:
-                    helper.cancel()
-    log.info("worker %s: stopped", name)
+        async with asyncio.TaskGroup() as tasks:
+            helpers = [
+                tasks.create_task(publisher.keep_open(), name="deltafan-publisher"),
+                tasks.create_task(listen_for_cancels(settings.streams_url, keys.cancels, publisher.on_cancel)),
+                tasks.create_task(_show_presence(pool, keys, worker)),
+            ]
+            yield worker
+            for helper in helpers:
+                helper.cancel()
 
 
 async def is_healthy(settings: Settings) -> bool:
@@ -94,15 +101,6 @@ async def is_healthy(settings: Settings) -> bool:
     async with _queue_pool(settings) as pool:
         pattern = f"{Keys(settings.prefix).workers}{socket.gethostname()}:*"
         return any([True async for _ in pool.scan_iter(match=pattern, count=1000)])
-
-
-def retention_of(settings: Settings) -> Retention:
-    """The lifetimes that the settings ask for."""
-    return Retention(
-        stream_ms=int(settings.stream_ttl_s * 1000),
-        result_ms=int(settings.result_ttl_s * 1000),
-        queue_ms=int(settings.queue_ttl_s * 1000),
-    )
 
 
 @asynccontextmanager
@@ -154,10 +152,10 @@ async def _wait_for_redis(pool: ArqRedis, settings: Settings, worker: LeasedWork
         return
 
 
-async def _show_presence(pool: ArqRedis, keys: Keys, name: str, worker: LeasedWorker) -> None:
+async def _show_presence(pool: ArqRedis, keys: Keys, worker: LeasedWorker) -> None:
     """Keep a short-lived key that says this worker is alive and how busy it is."""
     while True:
         with suppress(RedisError, OSError):
             load = orjson.dumps({"running": len(worker.tasks), "slots": worker.max_jobs})
-            await pool.set(f"{keys.workers}{name}", load, px=int(_PRESENCE_S * 3000))
+            await pool.set(f"{keys.workers}{worker.name}", load, px=int(_PRESENCE_S * 3000))
         await asyncio.sleep(_PRESENCE_S)

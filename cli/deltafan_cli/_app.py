@@ -1,0 +1,298 @@
+"""The commands."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Coroutine
+from contextlib import AbstractAsyncContextManager
+from datetime import timedelta
+from importlib.metadata import version
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import orjson
+import typer
+from deltafan import (
+    Consumer,
+    DeltafanError,
+    InvalidRequest,
+    JobEnded,
+    Producer,
+    RedisUnavailable,
+    UsageRecord,
+)
+from deltafan_config import Catalogue, Settings, SettingsError, load_settings
+
+from deltafan_cli._view import EventPrinter, err, out, print_json, show_result, usage_table
+
+T = TypeVar("T")
+
+EXIT_FAILED = 1
+EXIT_MISUSED = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="deltafan",
+    help="One model generation, published once, read by many.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JobId = Annotated[str, typer.Argument(help="The job's id, as submit printed it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+
+
+def run() -> None:
+    """Run the command line; every error that is not a defect ends in one sentence and an exit code."""
+    try:
+        app()
+    except InvalidRequest as error:
+        _fail(str(error), EXIT_MISUSED)
+    except SettingsError as error:
+        _fail(str(error), EXIT_MISUSED)
+    except RedisUnavailable as error:
+        _fail(
+            f"{error}\nStart a server and a worker with `deltafan dev`, or with `docker compose up`; "
+            "another server is named by DELTAFAN_REDIS_URL."
+        )
+    except DeltafanError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone, `| head` for example. Nothing is left to be flushed to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+
+
+def _fail(message: str, code: int = EXIT_FAILED) -> NoReturn:
+    err.print(message, style="red" if err.is_terminal else "", markup=False)
+    sys.exit(code)
+
+
+def _await(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(work)
+
+
+def _settings() -> Settings:
+    return load_settings(os.environ)
+
+
+def _producer(settings: Settings) -> AbstractAsyncContextManager[Producer]:
+    return Producer.connect(
+        settings.redis_url,
+        streams_url=settings.streams_url,
+        prefix=settings.prefix,
+        retention=settings.retention,
+        max_body_bytes=settings.max_body_bytes,
+        replicas=settings.replicas,
+    )
+
+
+def _consumer(settings: Settings) -> AbstractAsyncContextManager[Consumer]:
+    return Consumer.connect(settings.streams_url, prefix=settings.prefix)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """One model generation, published once, read by many."""
+    if show_version:
+        print(f"deltafan {version('deltafan')}")
+        raise typer.Exit
+
+
+@app.command()
+def dev(
+    demo: Annotated[bool, typer.Option("--demo", help="Submit one prompt and tail it with three consumers.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="With --demo: exit when that is done.")] = False,
+    prompt: Annotated[str, typer.Option(help="What --demo asks.")] = "Tell me a short story about a lighthouse.",
+    model: Annotated[str, typer.Option(help="Who answers. Any model of the catalogue whose key is set.")] = "smollm2",
+) -> None:
+    """Run everything on this machine: an embedded Valkey, a real local model and a worker. Ctrl-C stops all of it.
+
+    Nothing needs to be installed or running beside it, and nothing is left when it ends.
+    """
+    from deltafan_cli._dev import run_dev
+
+    sys.exit(run_dev(demo=demo, once=once, prompt=prompt, model=model))
+
+
+@app.command()
+def worker(
+    processes: Annotated[int | None, typer.Option(help="Worker processes; one saturates one core.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Generations at once in each process.")] = None,
+    burst: Annotated[bool, typer.Option("--burst", help="Exit when no job is due.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only tell whether a worker of this host is alive.")] = False,
+) -> None:
+    """Take jobs off the queue and publish their answers. SIGTERM or Ctrl-C drains: running jobs end or are handed over."""
+    from deltafan_cli._worker import check_worker, run_workers
+
+    given = {"processes": processes, "concurrency": concurrency}
+    settings = Settings.model_validate(_settings().model_dump() | {k: v for k, v in given.items() if v is not None})
+    sys.exit(check_worker(settings) if check else run_workers(settings, burst=burst))
+
+
+@app.command()
+def submit(
+    prompt: Annotated[str, typer.Argument(help="The user's message; - reads it from standard input.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="A model of the catalogue, or provider/model.")],
+    system: Annotated[str | None, typer.Option(help="A system message before it.")] = None,
+    body: Annotated[str | None, typer.Option(help="More of the native request, as a JSON object.")] = None,
+    job_id: Annotated[
+        str | None, typer.Option(help="An id of your own; repeating it does not run the job again.")
+    ] = None,
+    lane: Annotated[str, typer.Option(help="interactive or batch.")] = "interactive",
+    deadline: Annotated[float | None, typer.Option(help="Seconds until the job fails if it has not ended.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print the answer as it comes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a prompt. Prints the job's id, or with --follow its answer. Ctrl-C stops following, not the job."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    messages = [{"role": "system", "content": system}] if system else []
+    fields: dict[str, Any] = {"model": model, "messages": [*messages, {"role": "user", "content": text}], "lane": lane}
+    if body is not None:
+        fields["body"] = _json_object(body)
+    if job_id is not None:
+        fields["job_id"] = job_id
+    if deadline is not None:
+        fields["deadline"] = timedelta(seconds=deadline)
+    sys.exit(_await(_submit(_settings(), fields, follow=follow, as_json=as_json)))
+
+
+async def _submit(settings: Settings, fields: dict[str, Any], *, follow: bool, as_json: bool) -> int:
+    async with _producer(settings) as producer:
+        job = await producer.submit(**fields)
+    if follow:
+        return await _follow(settings, job.id, None, as_json=as_json, text_only=True)
+    if as_json:
+        print_json({"id": job.id, "created": job.created, "status": job.status})
+    else:
+        print(job.id)
+    return 0
+
+
+@app.command()
+def tail(
+    job_id: JobId,
+    after: Annotated[str | None, typer.Option("--from", help="Go on after this position.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print a job's events from the start, then live, until its end: on a terminal its answer, in a pipe a line each."""
+    sys.exit(_await(_follow(_settings(), job_id, after, as_json=as_json, text_only=False)))
+
+
+async def _follow(settings: Settings, job_id: str, after: str | None, *, as_json: bool, text_only: bool) -> int:
+    printer = EventPrinter(as_json=as_json, text_only=text_only)
+    status = ""
+    try:
+        async with _consumer(settings) as consumer, consumer.tail(job_id, after=after) as events:
+            async for event in events:
+                printer.show(event)
+                status = event.type
+                if text_only and not as_json and not out.is_terminal and event.failure is not None:
+                    err.print(f"job {job_id} failed: {event.failure.message} ({event.failure.code})", markup=False)
+    except asyncio.CancelledError:
+        err.print(
+            f"\nStopped reading; job {job_id} goes on. `deltafan tail {job_id}` returns to it, ", end="", markup=False
+        )
+        err.print(f"`deltafan cancel {job_id}` ends it.", markup=False)
+        raise
+    return 0 if status == "completed" else EXIT_FAILED
+
+
+@app.command()
+def result(
+    job_id: JobId,
+    timeout: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Wait for a job's end and print the whole answer."""
+    sys.exit(_await(_result(_settings(), job_id, timeout, as_json=as_json)))
+
+
+async def _result(settings: Settings, job_id: str, timeout: float | None, *, as_json: bool) -> int:
+    async with _consumer(settings) as consumer:
+        try:
+            generation = await consumer.result(job_id, timeout=timeout)
+        except JobEnded as error:
+            if as_json:
+                print_json(error.generation.to_json())
+            else:
+                err.print(str(error), markup=False)
+            return EXIT_FAILED
+    if as_json:
+        print_json(generation.to_json())
+    else:
+        show_result(generation)
+    return 0
+
+
+@app.command()
+def cancel(
+    job_id: JobId,
+    reason: Annotated[str, typer.Option(help="Recorded with the job's end.")] = "requested",
+    as_json: AsJson = False,
+) -> None:
+    """End a job, wherever it is."""
+    outcome = _await(_cancel(_settings(), job_id, reason))
+    if as_json:
+        print_json({"id": job_id, "outcome": outcome})
+    else:
+        words = {
+            "cancelled": "was waiting; it has ended",
+            "requested": "is being stopped",
+            "ended": "had ended already",
+        }
+        print(f"job {job_id} {words[outcome]}")
+
+
+async def _cancel(settings: Settings, job_id: str, reason: str) -> str:
+    async with _producer(settings) as producer:
+        return await producer.cancel(job_id, reason=reason)
+
+
+@app.command()
+def usage(
+    last: Annotated[int, typer.Option("--last", "-n", min=1, max=100_000, help="How many records.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Print the newest records of the usage ledger, one per model call."""
+    records = _await(_usage(_settings(), last))
+    if as_json:
+        for record in records:
+            print_json(record.to_json())
+    elif records:
+        out.print(usage_table(records))
+    else:
+        err.print("The ledger is empty: no job has ended yet.")
+
+
+async def _usage(settings: Settings, last: int) -> list[UsageRecord]:
+    from deltafan._ledger import read_ledger
+
+    return await read_ledger(settings.redis_url, prefix=settings.prefix, last=last)
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the models of the catalogue, who serves them and whether the key is there."""
+    from deltafan_cli._models import model_rows, models_table
+
+    rows = model_rows(Catalogue.load(_settings().models), os.environ)
+    if as_json:
+        for row in rows:
+            print_json(row)
+    else:
+        out.print(models_table(rows))
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest("body", f"is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("body", "is not a JSON object")
+    return value

@@ -1,0 +1,42 @@
+"""The catalogue as `deltafan models` shows it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from deltafan_config import Catalogue, MissingKey, Provider
+from rich.table import Table
+
+
+def model_rows(catalogue: Catalogue, env: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One row for each model, then one for each provider, through which unlisted models are reached."""
+    rows: list[dict[str, Any]] = []
+    for name in catalogue.models:
+        for route in catalogue.resolve(name):
+            price = route.price.model_dump(exclude_none=True) if route.price else None
+            rows.append(
+                {"model": name, "provider": route.provider.name, "price": price, "ready": _ready(route.provider, env)}
+            )
+    for provider in catalogue.providers.values():
+        rows.append(
+            {"model": f"{provider.name}/…", "provider": provider.name, "price": None, "ready": _ready(provider, env)}
+        )
+    return rows
+
+
+def models_table(rows: list[dict[str, Any]]) -> Table:
+    """The rows for a person."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("model", "provider", "input", "output", "per million", "ready"):
+        table.add_column(name, justify="right" if name in ("input", "output") else "left", no_wrap=True)
+    for row in rows:
+        price = row["price"] or {}
+        figures = [f"{price[kind]:g}" if kind in price else "–" for kind in ("input", "output")]
+        table.add_row(row["model"], row["provider"], *figures, price.get("currency", "–"), row["ready"])
+    return table
+
+
+def _ready(provider: Provider, env: Mapping[str, str]) -> str:
+    try:
+        return "no key needed" if provider.api_key(env) is None else f"{provider.api_key_env} is set"
+    except MissingKey:
+        return f"{provider.api_key_env} is not set"

@@ -1,0 +1,96 @@
+"""Running worker processes."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from types import FrameType
+
+from deltafan_config import Settings
+
+from deltafan_cli._logging import set_up_logging
+from deltafan_cli._view import err
+
+log = logging.getLogger("deltafan.worker")
+
+_SUPERVISE_S = 0.5
+
+
+def run_workers(settings: Settings, *, burst: bool) -> int:
+    """Run as many worker processes as the settings say, until they are told to stop. Returns the exit code."""
+    if settings.processes == 1:
+        _run_one(settings, burst)
+        return 0
+    return _Supervisor(settings, burst=burst).run()
+
+
+def check_worker(settings: Settings) -> int:
+    """0 when a worker of this host is alive, else 1."""
+    from deltafan_worker.main import is_healthy
+
+    if asyncio.run(is_healthy(settings)):
+        return 0
+    err.print("no worker of this host has shown itself within the last seconds")
+    return 1
+
+
+def _run_one(settings: Settings, burst: bool) -> None:
+    set_up_logging(settings)
+    try:
+        from deltafan_worker.main import run_worker
+    except ModuleNotFoundError as error:
+        sys.exit(f"The worker needs its extra ({error.name} is missing): pip install 'deltafan[worker]'")
+    run_worker(settings, os.environ, burst=burst)
+
+
+class _Supervisor:
+    """Starts worker processes, starts anew those that die, and stops all when told to."""
+
+    def __init__(self, settings: Settings, *, burst: bool) -> None:
+        self._settings = settings
+        self._burst = burst
+        self._context = get_context("spawn")
+        self._stopping = False
+        self._children: list[BaseProcess] = []
+
+    def run(self) -> int:
+        set_up_logging(self._settings)
+        self._children = [self._start() for _ in range(self._settings.processes)]
+        with _stop_signals(self._stop):
+            while alive := [child for child in self._children if child.is_alive()]:
+                alive[0].join(_SUPERVISE_S)
+                self._replace_dead()
+        return max((abs(child.exitcode or 0) for child in self._children), default=0) and 1
+
+    def _start(self) -> BaseProcess:
+        child = self._context.Process(target=_run_one, args=(self._settings, self._burst), name="deltafan-worker")
+        child.start()
+        return child
+
+    def _replace_dead(self) -> None:
+        for index, child in enumerate(self._children):
+            if child.exitcode not in (None, 0) and not self._stopping:
+                log.error("worker process %s died (exit code %s); starting another", child.pid, child.exitcode)
+                self._children[index] = self._start()
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        self._stopping = True
+        for child in self._children:
+            # Ctrl-C has reached the children already: they belong to the same terminal.
+            if child.is_alive() and child.pid is not None and number != signal.SIGINT:
+                os.kill(child.pid, number)
+
+
+@contextmanager
+def _stop_signals(handler: "signal._HANDLER") -> Iterator[None]:
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

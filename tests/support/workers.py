@@ -1,0 +1,58 @@
+"""Workers for tests: in the test's own event loop, or as processes that can be killed."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+from deltafan_config import load_settings
+from deltafan_worker._leased import LeasedWorker
+from deltafan_worker.main import open_worker
+
+from deltafan._background import background
+
+CATALOGUE = """
+[providers.sim]
+base_url = "{url}"
+[providers.keyed]
+base_url = "{url}"
+api_key_env = "SIM_KEY"
+[models.sim]
+provider = "sim"
+price = {{ currency = "USD", input = 1.0, cached_input = 0.5, output = 2.0 }}
+"""
+
+
+def settings_env(redis_url: str, upstream_url: str, folder: Path, **settings: object) -> dict[str, str]:
+    """An environment for a worker of these servers."""
+    catalogue = folder / "models.toml"
+    catalogue.write_text(CATALOGUE.format(url=upstream_url))
+    env = {"DELTAFAN_REDIS_URL": redis_url, "DELTAFAN_MODELS": str(catalogue), "DELTAFAN_LEASE_S": "3"}
+    return env | {f"DELTAFAN_{name.upper()}": str(value) for name, value in settings.items()}
+
+
+@asynccontextmanager
+async def running_worker(env: dict[str, str], *, burst: bool = False) -> AsyncIterator[LeasedWorker]:
+    """A worker in this event loop; drained and, where jobs still run, made to hand them over at the end."""
+    async with open_worker(load_settings(env), env, burst=burst) as worker, background(worker.main(), "worker") as main:
+        yield worker
+        worker.drain()
+        worker.drain()
+        await asyncio.wait_for(main, 20)
+
+
+@contextmanager
+def worker_process(env: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """A worker process, killed at the end if it is still there."""
+    command = [sys.executable, "-m", "deltafan_cli", "worker"]
+    process = subprocess.Popen(command, env={**os.environ, **env}, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.wait()
