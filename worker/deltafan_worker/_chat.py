@@ -87,30 +87,32 @@ class ChatDecoder:
         if data.startswith(b"[DONE]"):
             self.finished = True
             return
-        self.frames += 1
         try:
-            chunks = _parse(data)
+            chunk = _parse(data)
         except ValueError:
-            message = "the provider sent a frame that is not a JSON object"
-            self._error = UpstreamError(code="bad_frame", message=message, retryable=True)
+            lines = [line for line in data.split(b"\n") if line.strip()]
+            if len(lines) > 1:  # frames of a server that leaves out the blank lines between them
+                for line in lines:
+                    self._take_frame(event._replace(data=line))
+            elif self._error is None:
+                message = "the provider sent a frame that is not a JSON object"
+                self._error = UpstreamError(code="bad_frame", message=message, retryable=True)
             return
-        for chunk in chunks:
+        self.frames += 1
+        if self._error is None:
             self._take_chunk(chunk, event)
 
-    def _take_chunk(self, chunk: Mapping[str, Any], event: SseEvent) -> None:
-        if isinstance(usage := chunk.get("usage"), dict) and usage:
+    def _take_chunk(self, chunk: dict[str, Any], event: SseEvent) -> None:
+        if (usage := chunk.get("usage")) and isinstance(usage, dict):
             self.usage = usage
         if self.response_id is None and isinstance(identifier := chunk.get("id"), str) and identifier:
             self.response_id = identifier
-        choice = _first_choice(chunk.get("choices"))
+        choices = chunk.get("choices")
+        choice = _first_choice(choices) if choices else None
         if choice is not None:
             self._take_choice(choice, chunk)
         # An error behind a finish_reason takes nothing back of an answer that is complete.
-        if (
-            self._error is None
-            and self._finish_reason is None
-            and _is_error(chunk, event, has_choice=choice is not None)
-        ):
+        if self._error is None and self._finish_reason is None and _is_error(chunk, event):
             self._error = from_payload(chunk, status=event.status)
 
     def _take_choice(self, choice: Mapping[str, Any], chunk: Mapping[str, Any]) -> None:
@@ -128,20 +130,22 @@ class ChatDecoder:
             self._finish_reason = reason
             self._release_held()
 
-    def _take_delta(self, delta: Mapping[str, Any]) -> None:
-        if reasoning := (delta.get("reasoning_content") or delta.get("reasoning")):
+    def _take_delta(self, delta: dict[str, Any]) -> None:
+        if (reasoning := delta.get("reasoning_content") or delta.get("reasoning")) is not None:
             self._emit(REASONING, reasoning)
-        if content := delta.get("content"):
+        if (content := delta.get("content")) is not None:
             self._emit(CONTENT, content)
-        if refusal := delta.get("refusal"):
+        if (refusal := delta.get("refusal")) is not None:
             self._emit(REFUSAL, refusal)
-        if isinstance(fragments := delta.get("tool_calls"), list):
-            for fragment in fragments:
-                if isinstance(fragment, dict) and (merged := self._tool_calls.take(fragment)) is not None:
-                    self._said_something = True
-                    index, id_, name, arguments = merged
-                    data = tool_call_data(index, id=id_, name=name, arguments=arguments)
-                    self._deltas.append(Delta(TOOL_CALL, data))
+        if (fragments := delta.get("tool_calls")) is not None:
+            self._take_tool_calls(fragments)
+
+    def _take_tool_calls(self, fragments: Any) -> None:
+        for fragment in fragments if isinstance(fragments, list) else ():
+            if isinstance(fragment, dict) and (merged := self._tool_calls.take(fragment)) is not None:
+                self._said_something = True
+                index, id_, name, arguments = merged
+                self._deltas.append(Delta(TOOL_CALL, tool_call_data(index, id=id_, name=name, arguments=arguments)))
 
     def _emit(self, kind: str, value: Any) -> None:
         text = value if isinstance(value, str) else _text(value)
@@ -171,22 +175,19 @@ class ChatDecoder:
             self._deltas.append(Delta(kind, "\N{REPLACEMENT CHARACTER}".encode()))
 
 
-def _parse(data: bytes) -> list[dict[str, Any]]:
-    """The objects of a frame: one, or, from servers that leave out blank lines, one on each line.
+def _parse(data: bytes) -> dict[str, Any]:
+    """A frame's object.
 
     Raises:
-        ValueError: not JSON objects.
+        ValueError: it is none.
     """
     try:
         chunk = orjson.loads(data)
     except orjson.JSONDecodeError:
-        lines = [line for line in data.split(b"\n") if line.strip()]
-        if len(lines) > 1:
-            return [chunk for line in lines for chunk in _parse(line) if not line.startswith(b"[DONE]")]
         chunk = _parse_leniently(data)
     if not isinstance(chunk, dict):
         raise ValueError("not an object")  # noqa: TRY004  one error for all that is no frame
-    return [chunk]
+    return chunk
 
 
 def _parse_leniently(data: bytes) -> Any:
@@ -206,11 +207,12 @@ def _first_choice(choices: Any) -> Mapping[str, Any] | None:
     return None
 
 
-def _is_error(chunk: Mapping[str, Any], event: SseEvent, *, has_choice: bool) -> bool:
-    if chunk.get("error") or chunk.get("object") == "error" or event.event == b"error":
+def _is_error(chunk: Mapping[str, Any], event: SseEvent) -> bool:
+    if chunk.get("error") or event.event == b"error":
         return True
-    bare = not has_choice and "choices" not in chunk
-    return bare and bool(chunk.get("code") or (event.status is not None and event.status >= 400))
+    if "choices" in chunk:
+        return False
+    return chunk.get("object") == "error" or bool(chunk.get("code")) or (event.status or 0) >= 400
 
 
 def _text(value: Any) -> str:

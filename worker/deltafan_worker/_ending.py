@@ -1,15 +1,16 @@
 """How a run ended, and the records that are written of it: terminal entry, result, usage note."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import orjson
 
-from deltafan._events import CANCELLED, COMPLETED, FAILED, Event, Failure
-from deltafan._fold import Generation, fold
+from deltafan._events import CANCELLED, COMPLETED, CONTENT, FAILED, REASONING, REFUSAL, Failure
+from deltafan._fold import Generation
 from deltafan._position import Position
 from deltafan._usage import CallOutcome, UsageRecord, UsageSource
+from deltafan_worker._log import AttemptLog
 from deltafan_worker._route import Route
 from deltafan_worker._usage import TokenCounts, cost, estimate, normalise
 from deltafan_worker._writer import Sealed
@@ -130,16 +131,15 @@ def members(record: Mapping[str, Any]) -> str:
     return orjson.dumps(record).decode()[1:-1]
 
 
-def seal(ending: Ending, events: Iterable[Event], usage: UsageRecord | None, position: Position) -> Sealed:
-    """The last records of a job: what `events` of the attempt amount to, and how it ended, at `position`."""
-    folded = fold(events)
+def seal(ending: Ending, log: AttemptLog, usage: UsageRecord | None, position: Position) -> Sealed:
+    """The last records of a job: what its attempt has produced, and how it ended, at `position`."""
     generation = Generation(
         status=ending.status,
         position=position,
-        content=folded.content,
-        reasoning=folded.reasoning,
-        refusal=folded.refusal,
-        tool_calls=folded.tool_calls,
+        content=log.text(CONTENT),
+        reasoning=log.text(REASONING),
+        refusal=log.text(REFUSAL),
+        tool_calls=log.tool_calls(),
         finish_reason=ending.finish_reason,
         usage=usage,
         failure=ending.failure,
@@ -149,6 +149,5 @@ def seal(ending: Ending, events: Iterable[Event], usage: UsageRecord | None, pos
         provider=usage.provider if usage else None,
     )
     data = orjson.dumps(ending.data(usage))
-    return Sealed(
-        ending.status, data, orjson.dumps(generation.to_json()), orjson.dumps(usage.to_json()) if usage else b""
-    )
+    note = orjson.dumps(usage.to_json()) if usage else b""
+    return Sealed(ending.status, data, orjson.dumps(generation.to_json()), note)

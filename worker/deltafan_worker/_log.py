@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterator
 
 from deltafan._events import CONTENT, REASONING, REFUSAL, TOOL_CALL, Delta, Event
+from deltafan._fold import ToolCall, merge_tool_calls
 from deltafan._position import Position
 from deltafan._resp import pack
 
@@ -48,30 +49,40 @@ class AttemptLog:
             yield Event(Position(attempt, index + 1), _TYPES[code], bytes(self._data[start:end]))
             start = end
 
-    def commands(self, key: bytes, attempt: int, first: int) -> list[bytes]:
-        """The XADD commands that append entries `first` … to the stream, in the wire format.
+    def text(self, kind: str) -> str:
+        """All text of one type, joined; the same as folding `events` gives, without making them."""
+        code, data, start, pieces = _CODES[kind], self._data, 0, []
+        for found, end in zip(self._codes, self._ends, strict=True):
+            if found == code:
+                pieces.append(data[start:end])
+            start = end
+        return b"".join(pieces).decode()
 
-        NOMKSTREAM: a key that has vanished is to be noticed, not made anew without its beginning.
-        """
-        head = b"*8\r\n$4\r\nXADD\r\n$%d\r\n%b\r\n$10\r\nNOMKSTREAM\r\n" % (len(key), key)
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """All tool calls, joined from their fragments."""
+        if _CODES[TOOL_CALL] not in self._codes:
+            return ()
+        return merge_tool_calls(event.tool_call for event in self.events(0) if event.type == TOOL_CALL)
+
+    def commands(self, head: bytes, attempt: int, first: int) -> list[bytes]:
+        """The XADD commands that append entries `first` … to a stream, in the wire format; `head` is its append_head."""
         ends, codes = self._ends, self._codes
-        start = ends[first - 1] if first else 0
+        offset = start = ends[first - 1] if first else 0
         data = bytes(memoryview(self._data)[start:])
-        offset = start
         commands = []
         for index in range(first, len(codes)):
             end = ends[index]
             entry_id = b"%d-%d" % (attempt, index + 1)
-            commands.append(
-                b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n"
-                % (
-                    head,
-                    len(entry_id),
-                    entry_id,
-                    _MIDDLES[codes[index]],
-                    end - start,
-                    data[start - offset : end - offset],
-                )
-            )
+            text = data[start - offset : end - offset]
+            commands.append(b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n" % (head, len(entry_id), entry_id, _MIDDLES[codes[index]], len(text), text))
             start = end
         return commands
+
+
+def append_head(key: str) -> bytes:
+    """How every append to a stream begins.
+
+    NOMKSTREAM: a key that has vanished is to be noticed, not made anew without its beginning.
+    """
+    name = key.encode()
+    return b"*8\r\n$4\r\nXADD\r\n$%d\r\n%b\r\n$10\r\nNOMKSTREAM\r\n" % (len(name), name)

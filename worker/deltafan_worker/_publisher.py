@@ -39,7 +39,6 @@ class Publisher:
         self._writers: set[StreamWriter] = set()
         self._waiting: set[StreamWriter] = set()
         self._unanswered = 0
-        self._flush_scheduled = False
         self._tasks: asyncio.TaskGroup
 
     def add(self, writer: StreamWriter) -> None:
@@ -52,11 +51,10 @@ class Publisher:
         self._waiting.discard(writer)
 
     def flush_soon(self, writer: StreamWriter) -> None:
-        """Send what the writer has, at the end of this turn of the event loop or when the last flush is answered."""
+        """Send what the writer has: now, or together with what others have when the last flush is answered."""
         self._waiting.add(writer)
-        if self._unanswered == 0 and not self._flush_scheduled:
-            self._flush_scheduled = True
-            asyncio.get_running_loop().call_soon(self._flush_all)
+        if self._unanswered == 0:
+            self._flush_waiting()
 
     def flush(self, writer: StreamWriter) -> None:
         """Send what the writer has now, ahead of whatever is sent next."""
@@ -175,8 +173,7 @@ class Publisher:
 
         return check
 
-    def _flush_all(self) -> None:
-        self._flush_scheduled = False
+    def _flush_waiting(self) -> None:
         waiting, self._waiting = self._waiting, set()
         self._send(waiting)
 
@@ -199,8 +196,8 @@ class Publisher:
 
     def _on_answered(self, _reply: Reply) -> None:
         self._unanswered -= 1
-        if self._unanswered == 0 and self._waiting and not self._flush_scheduled:
-            self._flush_all()
+        if self._unanswered == 0 and self._waiting:
+            self._flush_waiting()
 
 
 def _ignore(_reply: Reply) -> None:

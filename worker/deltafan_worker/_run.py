@@ -167,11 +167,11 @@ class JobRunner:
         decoder = ChatDecoder()
         clock = asyncio.get_running_loop().time
 
-        def publish(delta: Delta) -> None:
-            writer.append(delta)
+        def publish(deltas: list[Delta]) -> None:
+            writer.extend(deltas)
             if meter.deltas == 0:
                 meter.first_delta_s = clock()
-            meter.deltas += 1
+            meter.deltas += len(deltas)
 
         meter.route, meter.started_at_ms, meter.started_s = route, time.time_ns() // 1_000_000, clock()
         try:
@@ -240,7 +240,7 @@ def _seal(ending: Ending, writer: StreamWriter, meter: CallMeter | None, cancel_
         outcome = "failed"
     usage = None if meter is None else _record(meter, writer, outcome)
     position = Position(writer.attempt, len(writer.log) + 1)
-    return seal(ending, writer.log.events(writer.attempt), usage, position)
+    return seal(ending, writer.log, usage, position)
 
 
 def _record(meter: CallMeter, writer: StreamWriter, outcome: CallOutcome) -> UsageRecord:

@@ -35,9 +35,9 @@ async def stream_generation(
     route: Route,
     body: Mapping[str, Any],
     decoder: Decoder,
-    on_delta: Callable[[Delta], None],
+    publish: Callable[[list[Delta]], None],
 ) -> Completion:
-    """Make the call and hand each delta to `on_delta` as it arrives. Cancelling it closes the connection.
+    """Make the call and hand the deltas of each packet to `publish` as it arrives. Cancelling it closes the connection.
 
     Raises:
         UpstreamError: whatever went wrong; deltas that were handed over stand.
@@ -46,7 +46,7 @@ async def stream_generation(
     try:
         async with asyncio.timeout(timeouts.total_s), Watchdog(timeouts.first_delta_s, timeouts.silence_s) as watchdog:
             async with _post(session, route, chat_body(route, body)) as response:
-                return await _pump(response, decoder, on_delta, watchdog)
+                return await _pump(response, decoder, publish, watchdog)
     except Silence as silence:
         raise UpstreamError(code=silence.code, message=str(silence), retryable=True) from None
     except TimeoutError:
@@ -58,25 +58,31 @@ async def stream_generation(
 
 
 async def _pump(
-    response: aiohttp.ClientResponse, decoder: Decoder, on_delta: Callable[[Delta], None], watchdog: Watchdog
+    response: aiohttp.ClientResponse, decoder: Decoder, publish: Callable[[list[Delta]], None], watchdog: Watchdog
 ) -> Completion:
-    read, feed, next_delta = response.content.readany, decoder.feed, decoder.next_delta
     if response.content_type == "application/json":  # the wish for a stream was ignored
         decoder.feed_whole(await response.read())
-    frames = 0
-    while data := await read():
-        feed(data)
-        while (delta := next_delta()) is not None:
-            on_delta(delta)
+    read, frames = response.content.readany, 0
+    while not decoder.finished and (data := await read()):
+        decoder.feed(data)
+        _publish_decoded(decoder, publish)
         if decoder.frames != frames:
             frames = decoder.frames
             watchdog.fed()
-        if decoder.finished:
-            break
     decoder.end()
-    while (delta := next_delta()) is not None:
-        on_delta(delta)
+    _publish_decoded(decoder, publish)
     return decoder.completion()
+
+
+def _publish_decoded(decoder: Decoder, publish: Callable[[list[Delta]], None]) -> None:
+    deltas: list[Delta] = []
+    next_delta = decoder.next_delta
+    try:
+        while (delta := next_delta()) is not None:
+            deltas.append(delta)
+    finally:  # also what came before an error
+        if deltas:
+            publish(deltas)
 
 
 @asynccontextmanager

@@ -1,8 +1,8 @@
-"""A job's stream as its running attempt writes it: begin, append, compare and heal, finish."""
+"""A job's stream as its running attempt writes it: begin, extend, compare and heal, finish."""
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -12,7 +12,7 @@ from deltafan._lua import Script, load
 from deltafan._resp import Argument, Reply, pack
 from deltafan._retention import Retention
 from deltafan_worker._interrupt import Interrupt, Reason
-from deltafan_worker._log import AttemptLog
+from deltafan_worker._log import AttemptLog, append_head
 
 if TYPE_CHECKING:
     from deltafan_worker._publisher import Publisher
@@ -82,7 +82,7 @@ class Sealed:
 class StreamWriter:
     """One job's stream, written through the process's publisher.
 
-    `append` never waits. Everything that is appended reaches the stream in order and once, whatever the connection
+    `extend` never waits. Everything that is added reaches the stream in order and once, whatever the connection
     or the server does, or the run is interrupted: FENCED, ENDED, STREAM_LOST.
     """
 
@@ -98,8 +98,8 @@ class StreamWriter:
         self._claim = claim
         self._retention = retention
         self._keys = publisher.keys.job(job_id)
-        self.events_key = self._keys[0].encode()
-        self.state_key = self._keys[1]
+        self.events_key, self.state_key, _ = self._keys
+        self._append_head = append_head(self.events_key)
         self.ring = pack("PUBLISH", publisher.keys.bell(job_id), "")
         self.live_ms = retention.live_ms
         self.run = ""
@@ -117,9 +117,11 @@ class StreamWriter:
             self.log = AttemptLog()
             return await self._open("restart" if self.run else "claim", call, limits, previous_note)
 
-    def append(self, delta: Delta) -> None:
-        """Add a delta to the stream. It goes out with the next flush."""
-        self.log.append(delta)
+    def extend(self, deltas: Iterable[Delta]) -> None:
+        """Add deltas to the stream, all of a packet at once: they go out now, or with the next flush."""
+        append = self.log.append
+        for delta in deltas:
+            append(delta)
         if self._flowing:
             self._publisher.flush_soon(self)
 
@@ -127,7 +129,7 @@ class StreamWriter:
         """The commands that the next flush sends; they count as sent."""
         if not self._flowing:
             return []
-        commands = self.log.commands(self.events_key, self.attempt, self._sent)
+        commands = self.log.commands(self._append_head, self.attempt, self._sent)
         self._sent = len(self.log)
         return commands
 
@@ -155,7 +157,7 @@ class StreamWriter:
         return verdict
 
     async def finish(self, seal: Callable[[str | None], Sealed]) -> Ended | NotOurs:
-        """Write the terminal entry behind everything appended.
+        """Write the terminal entry behind everything added.
 
         `seal(None)` makes it as the run ended, `seal(reason)` as cancelled: a cancel that was acknowledged earlier
         wins. It is called anew for every try, since a healing may have changed the attempt's number.

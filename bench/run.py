@@ -1,0 +1,36 @@
+"""Measures the budgets: `python bench/run.py [name …]`. Ends with code 1 when one is missed.
+
+Figures are of this machine and this hour; the ratios, taken within one run, are what can be compared.
+"""
+
+import asyncio
+import importlib
+import os
+import platform
+import sys
+
+from measure import Report, servers
+
+NAMES = ("cpu", "pickup", "starvation", "recovery", "submit", "latency", "replay", "memory")
+
+
+def main() -> int:
+    """Run the benchmarks named on the command line, or all."""
+    names = sys.argv[1:] or NAMES
+    if unknown := [name for name in names if name not in NAMES]:
+        print(f"no benchmark is called {', '.join(unknown)}; there are: {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}")
+    report = Report()
+    for name in names:
+        module = importlib.import_module(name)
+        print(f"{name}: {module.__doc__.splitlines()[0]}", flush=True)
+        with servers() as bench:
+            asyncio.run(module.run(bench, report))
+    missed = sum(not met for *_, met in report.rows)
+    print(f"{len(report.rows) - missed} of {len(report.rows)} budgets met")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

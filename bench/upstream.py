@@ -1,0 +1,113 @@
+"""A fast model server for benchmarks: `python bench/upstream.py`, one process, no framework.
+
+The answer's shape comes from the model's name, `bench-<deltas>-<gap_ms>-<burst>`: so many deltas, `burst` of them in
+each write, so many ms between writes. Prints its URL as JSON, ends when standard input does. GET /stats tells when
+requests came. A name that begins with `stamped-` puts the time of sending into each delta.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from functools import cache
+from typing import Any, cast
+
+import uvloop
+
+HEAD = {"id": "chatcmpl-BcD1fGh2JkL3mNo4PqR5sTu6", "object": "chat.completion.chunk", "created": 1764661832}
+REST = {"model": "bench-1", "service_tier": "default", "system_fingerprint": "fp_0123456789"}
+RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def frame(choices: list[Any], usage: Any = None) -> bytes:
+    """One event as OpenAI's API sends it."""
+    return b"data: " + json.dumps({**HEAD, **REST, "choices": choices, "usage": usage}, separators=(",", ":")).encode() + b"\n\n"
+
+
+def http_chunk(data: bytes) -> bytes:
+    """A piece of a chunked body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+CONTENT = " token"
+DELTA = frame([{"index": 0, "delta": {"content": CONTENT}, "logprobs": None, "finish_reason": None}])
+END = (
+    frame([{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}])
+    + frame([], {"prompt_tokens": 10, "completion_tokens": 100, "total_tokens": 110})
+    + b"data: [DONE]\n\n"
+)
+
+
+@cache
+def shape(model: str) -> tuple[list[bytes], float]:
+    """The writes of an answer and the seconds between them."""
+    deltas, gap_ms, burst = model.rsplit("bench-", 1)[1].split("-")
+    count, size = int(deltas), int(burst)
+    writes = [http_chunk(DELTA * min(size, count - sent)) for sent in range(0, count, size)]
+    return [*writes, http_chunk(END) + b"0\r\n\r\n"], float(gap_ms) / 1000
+
+
+class Server(asyncio.Protocol):
+    """One connection; requests on it come one after another."""
+
+    def __init__(self, arrivals: list[float]) -> None:
+        self._arrivals = arrivals
+        self._received = b""
+        self._timer: asyncio.TimerHandle | None = None
+        self._stamped = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, end, body = self._received.partition(b"\r\n\r\n")
+        if not end:
+            return
+        length = next((int(h.split(b":")[1]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-length:")), 0)
+        if len(body) < length:
+            return
+        self._received = body[length:]
+        if head.startswith(b"GET"):
+            self._answer_stats()
+            return
+        self._arrivals.append(time.time())
+        writes, gap_s = shape(json.loads(body[:length])["model"])
+        self._transport.write(RESPONSE)
+        self._stamped = json.loads(body[:length])["model"].startswith("stamped-")
+        if gap_s == 0:
+            self._transport.write(b"".join(writes))
+        else:
+            self._step(writes, 0, gap_s, asyncio.get_running_loop().time())
+
+    def _step(self, writes: list[bytes], index: int, gap_s: float, due: float) -> None:
+        data = writes[index]
+        if self._stamped and index + 1 < len(writes):
+            data = http_chunk(DELTA.replace(CONTENT.encode(), b"%.6f" % time.time()))
+        self._transport.write(data)
+        if index + 1 < len(writes):
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(due + gap_s, self._step, writes, index + 1, gap_s, due + gap_s)
+
+    def _answer_stats(self) -> None:
+        body = json.dumps({"arrivals": self._arrivals}).encode()
+        self._arrivals.clear()
+        self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+async def main() -> None:
+    """Serve until standard input ends."""
+    arrivals: list[float] = []
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Server(arrivals), "127.0.0.1", 0, backlog=4096)
+    port = server.sockets[0].getsockname()[1]
+    print(json.dumps({"url": f"http://127.0.0.1:{port}/v1"}), flush=True)
+    await loop.run_in_executor(None, sys.stdin.read)
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

@@ -1,0 +1,130 @@
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.reference_decoders import sse_events
+
+from deltafan_worker._sse import SseDecoder, SseEvent, SseLimitExceeded
+
+
+def decode(*pieces: bytes, limit_bytes: int = 1 << 20) -> list[SseEvent]:
+    decoder = SseDecoder(limit_bytes)
+    events = []
+    for piece in pieces:
+        decoder.feed(piece)
+        while (event := decoder.next_event()) is not None:
+            events.append(event)
+    decoder.end()
+    while (event := decoder.next_event()) is not None:
+        events.append(event)
+    return events
+
+
+def datas(*pieces: bytes) -> list[bytes]:
+    return [event.data for event in decode(*pieces)]
+
+
+def test_one_space_after_the_colon_is_no_part_of_the_data() -> None:
+    assert datas(b"data: x\n\ndata:y\n\ndata:  z\n\n") == [b"x", b"y", b" z"]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"])
+def test_every_line_end_of_the_standard(end: bytes) -> None:
+    stream = end.join([b"data: a", b"", b"data: b", b"", b""])
+    assert datas(stream) == [b"a", b"b"]
+    assert datas(*[bytes([byte]) for byte in stream]) == [b"a", b"b"]
+
+
+def test_crlf_cut_between_reads_is_one_line_end() -> None:
+    assert datas(b"data: a\r", b"\ndata: b\r", b"\n\r", b"\n") == [b"a\nb"]
+
+
+def test_other_line_separators_are_text() -> None:
+    text = "a\u2028b\u0085c\x0cd".encode()
+    assert datas(b"data: " + text + b"\n\n") == [text]
+
+
+def test_a_byte_order_mark_is_skipped_once() -> None:
+    assert datas(b"\xef\xbb", b"\xbfdata: a\n\n") == [b"a"]
+    assert datas(b"\xef", b"\xbb") == []
+
+
+def test_data_lines_are_joined() -> None:
+    assert datas(b"data: a\ndata:\ndata: b\n\n") == [b"a\n\nb"]
+
+
+@pytest.mark.parametrize("block", [b": ping\n\n", b"data:\n\n", b"event: ping\n\n", b"retry: 100\n\n", b"id: 7\n\n", b"\n"])
+def test_keep_alives_deliver_nothing(block: bytes) -> None:
+    assert datas(b"id: 1\ndata: a\n\n" + block + block + b"data: b\n\n") == [b"a", b"b"]
+
+
+def test_frames_without_blank_lines_are_told_apart_by_their_ids() -> None:
+    stream = b"id:1\nevent:result\n:HTTP_STATUS/200\ndata:{1}\nid:2\nevent:result\n:HTTP_STATUS/429\ndata:{2}\n"
+    assert decode(stream) == [SseEvent(b"result", b"{1}", 200), SseEvent(b"result", b"{2}", 429)]
+
+
+def test_what_is_pending_at_the_end_is_delivered() -> None:
+    assert datas(b"data: a\n\ndata: b") == [b"a", b"b"]
+    assert datas(b"data: a\n") == [b"a"]
+
+
+def test_the_event_name_does_not_outlive_its_block() -> None:
+    assert [event.event for event in decode(b"event: error\ndata: a\n\ndata: b\n\n")] == [b"error", b""]
+
+
+def test_events_before_an_overlong_one_are_delivered_first() -> None:
+    decoder = SseDecoder(limit_bytes=100)
+    decoder.feed(b"data: a\n\ndata: " + b"x" * 101)
+    assert decoder.next_event() == SseEvent(b"", b"a", None)
+    for _ in range(2):
+        with pytest.raises(SseLimitExceeded):
+            decoder.next_event()
+
+
+def test_many_short_data_lines_are_limited_too() -> None:
+    decoder = SseDecoder(limit_bytes=100)
+    for _ in range(60):
+        decoder.feed(b"data: xx\n")
+    with pytest.raises(SseLimitExceeded):
+        decoder.next_event()
+
+
+def test_a_long_line_in_small_pieces_takes_linear_work() -> None:
+    class Counting(bytes):
+        joined = 0
+
+    decoder = SseDecoder()
+    for _ in range(20_000):
+        decoder.feed(b"x" * 50)
+    assert len(decoder._line) == 20_000, "pieces are kept as they came and joined once"
+    assert decoder._line_bytes == 1_000_000
+
+
+LINES = st.sampled_from(
+    [b"data: a", b"data:b", b"data", b"data:", b": c", b"event: e", b"id: 1", b"id", b"retry: 9", b"", b"", b"data: \xc3\xa9", b"x: y"]
+)
+STREAMS = st.tuples(
+    st.sampled_from([b"", b"\xef\xbb\xbf"]),
+    st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r", b"\r\n"])), max_size=12),
+    st.sampled_from([b"", b"data: tail", b"id: 2"]),
+).map(lambda parts: parts[0] + b"".join(line + end for line, end in parts[1]) + parts[2])
+
+
+def cut(data: bytes, at: list[int]) -> list[bytes]:
+    places = sorted({0, len(data), *(place % (len(data) + 1) for place in at)})
+    return [data[a:b] for a, b in pairwise(places)]
+
+
+@given(STREAMS, st.lists(st.integers(0, 400), max_size=8))
+def test_agrees_with_the_reference_however_it_is_cut(stream: bytes, at: list[int]) -> None:
+    expected = sse_events(stream)
+    for pieces in ([stream], cut(stream, at), [bytes([byte]) for byte in stream]):
+        found = [(e.event.decode("latin-1"), e.data.decode("latin-1")) for e in decode(*pieces)]
+        assert found == expected
+
+
+@given(st.lists(st.binary(max_size=60), max_size=8))
+def test_arbitrary_bytes_raise_nothing_and_agree_with_the_reference(pieces: list[bytes]) -> None:
+    found = [(e.event.decode("latin-1"), e.data.decode("latin-1")) for e in decode(*pieces)]
+    assert found == sse_events(b"".join(pieces))
