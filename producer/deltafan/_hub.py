@@ -8,6 +8,7 @@ themselves and nobody waits for a timer.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -21,6 +22,7 @@ from deltafan._resp import (
     Reply,
     RespConnection,
     ServerError,
+    ignore,
     open_connection,
     pack,
     raise_error,
@@ -46,17 +48,25 @@ class Listener(Protocol):
         """Time to look for anything that was missed: every few seconds, and after every reconnect."""
 
 
+class _Channel:
+    """Who listens to one channel, and how often; whether the server has confirmed the subscription."""
+
+    def __init__(self) -> None:
+        self.listeners: Counter[Listener] = Counter()
+        self.confirmed = asyncio.Event()
+
+
 class Hub:
     """Two connections, kept open; made by `open_hub`."""
 
     def __init__(self, url: str, connect_timeout_s: float) -> None:
         self._url = url
         self._connect_timeout_s = connect_timeout_s
-        self._listeners: dict[bytes, set[Listener]] = {}
-        self._confirmed: dict[bytes, asyncio.Event] = {}
+        self._channels: dict[bytes, _Channel] = {}
         self._requests: list[tuple[bytes, int, Callable[[list[Reply] | None], None]]] = []
         self._unanswered = 0
         self._round_scheduled = False
+        self._on_pong: Handler = ignore
 
     async def open(self) -> None:
         """Open both connections and subscribe to what is listened to.
@@ -72,8 +82,8 @@ class Hub:
             raise
         self._unanswered = 0
         self._bells.listen(self._on_push)
-        if self._listeners:
-            self._bells.send(pack("SUBSCRIBE", *self._listeners), ())
+        if self._channels:
+            self._bells.send(pack("SUBSCRIBE", *self._channels), ())
 
     def close(self) -> None:
         """Drop both connections."""
@@ -81,23 +91,28 @@ class Hub:
         self._reads.close()
 
     @asynccontextmanager
-    async def listening(self, channel: str, listener: Listener) -> AsyncIterator[None]:
-        """Deliver the channel's bells to `listener` within the block; every bell rung after entering is delivered."""
-        name = channel.encode()
-        listeners = self._listeners.setdefault(name, set())
-        listeners.add(listener)
+    async def listening(self, name: str, listener: Listener) -> AsyncIterator[None]:
+        """Deliver a channel's bells to `listener` within the block; every bell rung after entering is delivered.
+
+        A listener may enter for the same channel several times; it is told of each bell once.
+        """
+        key = name.encode()
+        channel = self._channels.get(key)
+        if channel is None:
+            channel = self._channels[key] = _Channel()
+            self._bells.send(pack("SUBSCRIBE", key), ())
+        channel.listeners[listener] += 1
         try:
-            if len(listeners) == 1:
-                self._confirmed[name] = asyncio.Event()
-                self._bells.send(pack("SUBSCRIBE", name), ())
-            await self._confirmed[name].wait()
+            await channel.confirmed.wait()
             yield
         finally:
-            listeners.discard(listener)
-            if not listeners and self._listeners.get(name) is listeners:
-                del self._listeners[name], self._confirmed[name]
+            channel.listeners[listener] -= 1
+            if channel.listeners[listener] == 0:
+                del channel.listeners[listener]
+            if not channel.listeners:
+                del self._channels[key]
                 if not self._bells.is_lost:
-                    self._bells.send(pack("UNSUBSCRIBE", name), ())
+                    self._bells.send(pack("UNSUBSCRIBE", key), ())
 
     def read(self, commands: Sequence[bytes], handler: Callable[[list[Reply] | None], None]) -> None:
         """Send packed commands with the next round; `handler` gets their replies, or None when the connection broke."""
@@ -137,12 +152,14 @@ class Hub:
     async def _sweep_until_lost(self) -> None:
         """Return when a connection is lost, or has not answered for a whole sweep."""
         while True:
-            alive = asyncio.Event()
-            self._reads.send(pack("PING"), [lambda _: alive.set()])
+            answers: set[RespConnection] = set()
+            self._reads.send(pack("PING"), [partial(_note, answers, self._reads)])
+            self._on_pong = partial(_note, answers, self._bells)
+            self._bells.send(pack("PING"), ())
             await asyncio.wait(
                 [self._bells.lost, self._reads.lost], timeout=SWEEP_S, return_when=asyncio.FIRST_COMPLETED
             )
-            if self._bells.is_lost or self._reads.is_lost or not alive.is_set():
+            if self._bells.is_lost or self._reads.is_lost or len(answers) < 2:
                 return
             self._sweep()
 
@@ -155,19 +172,23 @@ class Hub:
         self._sweep()
 
     def _sweep(self) -> None:
-        for listeners in list(self._listeners.values()):
-            for listener in list(listeners):
+        for channel in tuple(self._channels.values()):
+            for listener in tuple(channel.listeners):
                 listener.on_sweep()
 
     def _on_push(self, reply: Reply) -> None:
-        if not isinstance(reply, list):
+        if not isinstance(reply, list) or len(reply) != 3:  # the answer to a PING, in one form or the other
+            self._on_pong(reply)
             return
-        kind, channel, payload = reply
+        kind, name, payload = reply
+        channel = self._channels.get(name)
+        if channel is None:
+            return
         if kind == b"message":
-            for listener in tuple(self._listeners.get(channel, ())):
+            for listener in tuple(channel.listeners):
                 listener.on_bell(payload)
-        elif kind == b"subscribe" and channel in self._confirmed:
-            self._confirmed[channel].set()
+        elif kind == b"subscribe":
+            channel.confirmed.set()
 
     def _start_round(self) -> None:
         self._round_scheduled = False
@@ -191,6 +212,10 @@ class Hub:
                 self._start_round()
 
         return [collect] * count
+
+
+def _note(answers: set[RespConnection], connection: RespConnection, _reply: Reply) -> None:
+    answers.add(connection)
 
 
 def _settle(future: "asyncio.Future[list[Reply] | None]", replies: list[Reply] | None) -> None:

@@ -42,6 +42,10 @@ def pack(*args: Argument) -> bytes:
     return cast(bytes, hiredis.pack_command(args))  # type: ignore[arg-type]  # its stub asks for a 1-tuple
 
 
+def ignore(_reply: Reply) -> None:
+    """The handler for replies that tell nothing: a bell that nobody heard, a lifetime that was renewed."""
+
+
 def raise_error(reply: Reply) -> Reply:
     """Give the reply back unless it is an error."""
     if isinstance(reply, Exception):

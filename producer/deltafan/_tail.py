@@ -70,6 +70,11 @@ class Tail:
         self._events.extend(events)
         self._wake()
 
+    def end(self) -> None:
+        """Nothing follows: the tail stands at the end of a stream that has ended."""
+        self.follower.ended = True
+        self._wake()
+
     def fail(self, error: DeltafanError) -> None:
         """Raise `error` to the reader once it has seen everything delivered."""
         self._error = error
@@ -145,8 +150,10 @@ class Feed:
             return
         entries, status, has_result, is_queued = replies
         if entries:
-            top = Position.parse(entries[0][0])
+            top, has_ended = Position.parse(entries[0][0]), entries[0][1][1].decode() in TERMINAL_TYPES
             for tail in self.tails:
+                if has_ended and tail.follower.cursor is not None and tail.follower.cursor >= top:
+                    tail.end()
                 tail.unread = tail.unread or tail.follower.cursor is None or top > tail.follower.cursor
             self.pump()
         elif has_result or (status is not None and status.decode() in TERMINAL_TYPES):

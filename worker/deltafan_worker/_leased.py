@@ -120,8 +120,8 @@ class LeasedWorker(Worker):
         async with background(self._keep_leases(), "deltafan-leases"):
             try:
                 while not self._draining.is_set():
-                    claimed = await self._turn()
-                    if self.burst and not claimed and not self.tasks:
+                    is_idle = await self._turn()
+                    if self.burst and is_idle:
                         break
             finally:
                 await self._finish_running()
@@ -129,17 +129,19 @@ class LeasedWorker(Worker):
     async def close(self) -> None:
         """Called by arq's `run` when `main` is over. The pool belongs to whoever made it."""
 
-    async def _turn(self) -> int:
-        """Claim what there is room for, then wait until there may be more. Returns how many jobs were claimed."""
-        room, claimed = self.max_jobs - len(self.tasks), 0
+    async def _turn(self) -> bool:
+        """Claim what there is room for, else wait until there may be more. Returns whether there is nothing to do."""
+        room = self.max_jobs - len(self.tasks)
         try:
-            if room > 0:
-                claimed = await self._claim(room)
-            if not claimed:
+            if room > 0 and await self._claim(room):
+                return False
+            is_idle = room == self.max_jobs
+            if not (self.burst and is_idle):
                 await self._doze(may_claim=room > 0)
         except (RedisError, OSError) as error:
             await self._wait_out(error)
-        return claimed
+            return False
+        return is_idle
 
     async def _claim(self, room: int) -> int:
         args = (self.process, self._lease_ms, room, int(self._cautious))

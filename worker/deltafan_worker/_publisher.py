@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from deltafan._errors import RedisUnavailable
 from deltafan._keys import Keys
 from deltafan._lua import Script
-from deltafan._resp import Argument, ConnectionLost, Handler, Reply, RespConnection, ServerError, open_connection, pack
+from deltafan._resp import Argument, ConnectionLost, Handler, Reply, RespConnection, ServerError, ignore, open_connection, pack
 from deltafan._url import masked_url
 from deltafan_worker._interrupt import Reason
 from deltafan_worker._writer import StreamWriter
@@ -155,7 +155,7 @@ class Publisher:
                 pack("PEXPIRE", writer.state_key, writer.live_ms),
                 pack("PEXPIRE", writer.events_key, writer.live_ms),
             )
-            handlers += (self._checking(writer), _ignore, _ignore)
+            handlers += (self._checking(writer), ignore, ignore)
         connection.send(b"".join(commands), handlers)
 
     def _checking(self, writer: StreamWriter) -> Handler:
@@ -188,7 +188,7 @@ class Publisher:
                 commands += appends
                 handlers += [writer.on_append] * len(appends)
                 commands.append(writer.ring)
-                handlers.append(_ignore)
+                handlers.append(ignore)
         if commands:
             handlers[-1] = self._on_answered
             self._unanswered += 1
@@ -199,6 +199,3 @@ class Publisher:
         if self._unanswered == 0 and self._waiting:
             self._flush_waiting()
 
-
-def _ignore(_reply: Reply) -> None:
-    """For replies that tell nothing: a bell that nobody heard, a lifetime that was renewed."""
