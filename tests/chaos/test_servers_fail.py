@@ -43,10 +43,13 @@ class Scene:
 
 
 @asynccontextmanager
-async def half_way(valkey: Valkey, upstream: ScriptedUpstream, folder: Path) -> AsyncIterator[Scene]:
+async def half_way(
+    valkey: Valkey, upstream: ScriptedUpstream, folder: Path, end: asyncio.Event | None = None
+) -> AsyncIterator[Scene]:
     gate = asyncio.Event()
+    held = [end] if end is not None else []
     halves = [[script.delta(content=piece) for piece in half] for half in (FIRST, SECOND)]
-    upstream.then([*halves[0], gate, *halves[1], *script.ending()])
+    upstream.then([*halves[0], gate, *halves[1], *held, *script.ending()])
     redis: Redis[bytes] = Redis.from_url(valkey.url)
     env = settings_env(valkey.url, upstream.url, folder)
     async with (
@@ -182,6 +185,23 @@ async def _read(scene: Scene) -> list[Event]:
 async def _ledger(redis: "Redis[bytes]") -> list[UsageRecord]:
     entries = await redis.xrange("deltafan:usage")
     return [UsageRecord.from_json(orjson.loads(fields[b"data"])) for _, fields in entries]
+
+
+async def test_readers_get_on_long_before_the_end(
+    fresh_valkey: Valkey, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    """A refused append is noticed by its own reply, not only when the job is to be finished."""
+    end = asyncio.Event()
+    async with half_way(fresh_valkey, upstream, tmp_path, end) as scene:
+        await the_stream_is_deleted(scene)
+        await wait_until(lambda: _has_all(scene), "all text is in the stream while the model still holds the end")
+        assert not scene.reading.done()
+        end.set()
+        assert fold(await asyncio.wait_for(scene.reading, 20)).content == ANSWER
+
+
+async def _has_all(scene: Scene) -> bool:
+    return (await scene.consumer.snapshot(scene.job_id)).content == ANSWER
 
 
 async def test_a_job_that_ends_during_an_outage_is_finished_afterwards(

@@ -18,7 +18,7 @@ from support.workers import running_worker, settings_env
 
 from deltafan import Consumer, JobCancelled, JobFailed, Producer
 from deltafan._keys import FUNCTION
-from deltafan_worker._serialize import deserialize, serialize
+from deltafan_worker.serialization import deserialize, serialize
 
 QUEUE = "deltafan:queue:interactive"
 HI = [{"role": "user", "content": "Hi"}]

@@ -26,7 +26,7 @@ from deltafan._keys import Keys
 from deltafan._lua import Script, load
 from deltafan_worker._claim import Claim, Leave
 from deltafan_worker._interrupt import Reason
-from deltafan_worker._serialize import deserialize, serialize
+from deltafan_worker.serialization import deserialize, serialize
 
 OnUnrun: TypeAlias = Callable[[Claim, Any], Awaitable[None]]
 """Called with the claim and arq's outcome (an exception) of a job that arq ends without calling its function."""

@@ -24,7 +24,7 @@ from deltafan_worker._leased import BEAT_S, LeasedWorker
 from deltafan_worker._publisher import Publisher
 from deltafan_worker._router import Router
 from deltafan_worker._run import JobRunner
-from deltafan_worker._serialize import deserialize, serialize
+from deltafan_worker.serialization import deserialize, serialize
 from deltafan_worker._signals import on_stop_signals
 
 log = logging.getLogger("deltafan.worker")

@@ -1,0 +1,99 @@
+"""Capacity: jobs running at once on 40 workers of 10 slots, and 2,000 live generations on one process."""
+
+import asyncio
+import time
+from contextlib import AsyncExitStack, suppress
+from typing import Any
+
+from arq.connections import ArqRedis
+from arq.worker import Worker, func
+from deltafan import Consumer, Producer
+from deltafan._keys import Keys
+from deltafan_worker._leased import LeasedWorker
+from deltafan_worker.serialization import deserialize, serialize
+from measure import Bench, Report, cpu_s, worker
+from redis.asyncio import BlockingConnectionPool
+
+WORKERS, SLOTS = 40, 10
+LIVE, RATE = 2000, 5
+HI = [{"role": "user", "content": "Hi"}]
+
+
+async def run(bench: Bench, report: Report) -> None:
+    """Fill a fleet with jobs that do not end, count those that run; then one process with live streams."""
+    ours = await _running(bench, stock=False)
+    stock = await _running(bench, stock=True)
+    full = WORKERS * SLOTS
+    report.add("jobs running at once", f"{ours} of {full}", f"{full} of {full} on {WORKERS} x {SLOTS}", ours == full)
+    report.note(f"stock arq: {stock} of {full}")
+    await _live(bench, report)
+
+
+async def _running(bench: Bench, *, stock: bool) -> int:
+    running, end = [0], asyncio.Event()
+
+    async def hold(_ctx: dict[Any, Any]) -> None:
+        running[0] += 1
+        await end.wait()
+
+    keys = Keys("stock" if stock else "ours")
+    queue = keys.queue("interactive")
+    async with AsyncExitStack() as stack:
+        pools = [_pool(bench.redis_url) for _ in range(WORKERS)]
+        workers: list[Any] = [_stock_worker(hold, pool, queue) if stock else _our_worker(hold, pool, keys) for pool in pools]
+        for _ in range(WORKERS * SLOTS):
+            await pools[0].enqueue_job("hold", _queue_name=queue)
+        mains = [asyncio.create_task(one.main()) for one in workers]
+        deadline = time.monotonic() + 10
+        while running[0] < WORKERS * SLOTS and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        count = running[0]
+        end.set()
+        for main in mains:
+            main.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*mains, return_exceptions=True)
+        for pool in pools:
+            await pool.flushdb()
+            stack.push_async_callback(pool.aclose, close_connection_pool=True)
+    return count
+
+
+def _pool(url: str) -> ArqRedis:
+    return ArqRedis(BlockingConnectionPool.from_url(url, max_connections=50), job_serializer=serialize, job_deserializer=deserialize)
+
+
+def _our_worker(hold: Any, pool: ArqRedis, keys: Keys) -> LeasedWorker:
+    return LeasedWorker(
+        [func(hold, name="hold")], name="w", pool=pool, keys=keys, queues=[keys.queue("interactive")], concurrency=SLOTS
+    )
+
+
+def _stock_worker(hold: Any, pool: ArqRedis, queue: str) -> Worker:
+    return Worker(
+        [func(hold, name="hold")],
+        redis_pool=pool,
+        queue_name=queue,
+        max_jobs=SLOTS,
+        handle_signals=False,
+        job_serializer=serialize,
+        job_deserializer=deserialize,
+    )
+
+
+async def _live(bench: Bench, report: Report) -> None:
+    with worker(bench) as child:
+        async with Producer.connect(bench.redis_url) as producer, Consumer.connect(bench.redis_url) as consumer:
+            deltas = 10 * RATE
+            jobs = await producer.submit_many([{"model": f"b/bench-{deltas}-{1000 // RATE}-1", "messages": HI}] * LIVE)
+            await asyncio.sleep(4)
+            states = [consumer.snapshot(job.id) for job in jobs]
+            live = sum(state.status == "running" for state in await asyncio.gather(*states))
+            before, start = cpu_s(child.pid), time.monotonic()
+            await asyncio.sleep(3)
+            busy = (cpu_s(child.pid) - before) / (time.monotonic() - start)
+            started = time.monotonic()
+            results = await asyncio.gather(*[consumer.result(job.id, timeout=60) for job in jobs])
+            whole = sum(len(result.content) == deltas * len(" token") for result in results)
+    figure = f"{live} live at once, {whole} whole answers, {busy * 100:.0f} % of one core, done {time.monotonic() - started:.1f} s later"
+    report.add("live generations on one process", figure, f"{LIVE} at {RATE} deltas/s", live == LIVE and whole == LIVE)
