@@ -4,6 +4,7 @@ import asyncio
 from subprocess import Popen
 
 from arq.connections import RedisSettings, create_pool
+
 from deltafan import Consumer, Producer
 from measure import HERE, Bench, Report, cpu_s, process, settle, worker
 
@@ -16,9 +17,13 @@ BURSTS, BURSTS_DELTAS = "bench-2000-20-20", 2000
 
 async def run(bench: Bench, report: Report) -> None:
     """Measure both loops in both patterns."""
-    naive = {name: await _naive(bench, name, deltas) for name, deltas in ((ALONE, ALONE_DELTAS), (BURSTS, BURSTS_DELTAS))}
+    naive = {
+        name: await _naive(bench, name, deltas) for name, deltas in ((ALONE, ALONE_DELTAS), (BURSTS, BURSTS_DELTAS))
+    }
     with worker(bench) as child:
-        ours = {name: await _ours(bench, child, name, n) for name, n in ((ALONE, ALONE_DELTAS), (BURSTS, BURSTS_DELTAS))}
+        ours = {
+            name: await _ours(bench, child, name, n) for name, n in ((ALONE, ALONE_DELTAS), (BURSTS, BURSTS_DELTAS))
+        }
     for what, name, least in (("alone", ALONE, 8), ("in bursts", BURSTS, 20)):
         ratio = naive[name] / ours[name]
         figure = f"{ours[name]:.1f} us against {naive[name]:.1f} us, {ratio:.1f} times less"

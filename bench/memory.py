@@ -2,9 +2,10 @@
 
 import asyncio
 
+from redis.asyncio import Redis
+
 from deltafan import Consumer, Producer
 from measure import Bench, Report, rss_bytes, worker
-from redis.asyncio import Redis
 
 HI = [{"role": "user", "content": "Hi"}]
 LIVE = 1000

@@ -17,6 +17,7 @@ from arq.connections import RedisSettings
 from arq.worker import Worker
 from openai import AsyncOpenAI
 
+
 async def generate(ctx: dict[Any, Any], model: str, messages: list[Any]) -> str:
     """Stream one answer into Redis."""
     redis, client = ctx["redis"], ctx["client"]

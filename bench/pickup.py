@@ -4,6 +4,7 @@ import asyncio
 import time
 
 from arq.connections import RedisSettings, create_pool
+
 from deltafan import Consumer, Producer
 from measure import HERE, Bench, Report, percentile, process, settle, spread_ms, worker
 
@@ -16,7 +17,7 @@ async def run(bench: Bench, report: Report) -> None:
     stock = await _stock(bench)
     with worker(bench):
         async with Producer.connect(bench.redis_url) as producer, Consumer.connect(bench.redis_url) as consumer:
-            submitted = []
+            submitted: list[float] = []
             for index in range(JOBS + 5):
                 if index == 5:
                     await settle()

@@ -2,9 +2,10 @@
 
 import time
 
+from redis.asyncio import Redis
+
 from deltafan import Consumer
 from measure import Bench, Report
-from redis.asyncio import Redis
 
 ENTRIES = 200_000
 EVENTS = "deltafan:{replay}:events"

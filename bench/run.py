@@ -24,7 +24,7 @@ def main() -> int:
     report = Report()
     for name in names:
         module = importlib.import_module(name)
-        print(f"{name}: {module.__doc__.splitlines()[0]}", flush=True)
+        print(f"{name}: {(module.__doc__ or '').splitlines()[0]}", flush=True)
         with servers() as bench:
             asyncio.run(module.run(bench, report))
     missed = sum(not met for *_, met in report.rows)

@@ -7,12 +7,13 @@ from typing import Any
 
 from arq.connections import ArqRedis
 from arq.worker import Worker, func
+from redis.asyncio import BlockingConnectionPool
+
 from deltafan import Consumer, Producer
 from deltafan._keys import Keys
 from deltafan_worker._leased import LeasedWorker
 from deltafan_worker.serialization import deserialize, serialize
 from measure import Bench, Report, cpu_s, worker
-from redis.asyncio import BlockingConnectionPool
 
 WORKERS, SLOTS = 40, 10
 LIVE, RATE = 2000, 5
@@ -40,12 +41,14 @@ async def _running(bench: Bench, *, stock: bool) -> int:
     queue = keys.queue("interactive")
     async with AsyncExitStack() as stack:
         pools = [_pool(bench.redis_url) for _ in range(WORKERS)]
-        workers: list[Any] = [_stock_worker(hold, pool, queue) if stock else _our_worker(hold, pool, keys) for pool in pools]
+        workers: list[Any] = [
+            _stock_worker(hold, pool, queue) if stock else _our_worker(hold, pool, keys) for pool in pools
+        ]
         for _ in range(WORKERS * SLOTS):
             await pools[0].enqueue_job("hold", _queue_name=queue)
         mains = [asyncio.create_task(one.main()) for one in workers]
         deadline = time.monotonic() + 10
-        while running[0] < WORKERS * SLOTS and time.monotonic() < deadline:
+        while running[0] < WORKERS * SLOTS and time.monotonic() < deadline:  # noqa: ASYNC110  nobody tells
             await asyncio.sleep(0.1)
         count = running[0]
         end.set()
@@ -60,7 +63,9 @@ async def _running(bench: Bench, *, stock: bool) -> int:
 
 
 def _pool(url: str) -> ArqRedis:
-    return ArqRedis(BlockingConnectionPool.from_url(url, max_connections=50), job_serializer=serialize, job_deserializer=deserialize)
+    return ArqRedis(
+        BlockingConnectionPool.from_url(url, max_connections=50), job_serializer=serialize, job_deserializer=deserialize
+    )
 
 
 def _our_worker(hold: Any, pool: ArqRedis, keys: Keys) -> LeasedWorker:
@@ -95,5 +100,6 @@ async def _live(bench: Bench, report: Report) -> None:
             started = time.monotonic()
             results = await asyncio.gather(*[consumer.result(job.id, timeout=60) for job in jobs])
             whole = sum(len(result.content) == deltas * len(" token") for result in results)
-    figure = f"{live} live at once, {whole} whole answers, {busy * 100:.0f} % of one core, done {time.monotonic() - started:.1f} s later"
+    late_s = time.monotonic() - started
+    figure = f"{live} live at once, {whole} whole answers, {busy:.0%} of one core, done {late_s:.1f} s later"
     report.add("live generations on one process", figure, f"{LIVE} at {RATE} deltas/s", live == LIVE and whole == LIVE)

@@ -21,7 +21,11 @@ RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Enco
 
 def frame(choices: list[Any], usage: Any = None) -> bytes:
     """One event as OpenAI's API sends it."""
-    return b"data: " + json.dumps({**HEAD, **REST, "choices": choices, "usage": usage}, separators=(",", ":")).encode() + b"\n\n"
+    return (
+        b"data: "
+        + json.dumps({**HEAD, **REST, "choices": choices, "usage": usage}, separators=(",", ":")).encode()
+        + b"\n\n"
+    )
 
 
 def http_chunk(data: bytes) -> bytes:
@@ -57,18 +61,23 @@ class Server(asyncio.Protocol):
         self._stamped = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop."""
         self._transport = cast(asyncio.Transport, transport)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _exc: Exception | None) -> None:
+        """Called by the event loop."""
         if self._timer is not None:
             self._timer.cancel()
 
     def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
         self._received += data
         head, end, body = self._received.partition(b"\r\n\r\n")
         if not end:
             return
-        length = next((int(h.split(b":")[1]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-length:")), 0)
+        length = next(
+            (int(h.split(b":")[1]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-length:")), 0
+        )
         if len(body) < length:
             return
         self._received = body[length:]
@@ -96,7 +105,9 @@ class Server(asyncio.Protocol):
     def _answer_stats(self) -> None:
         body = json.dumps({"arrivals": self._arrivals}).encode()
         self._arrivals.clear()
-        self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        self._transport.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
 
 
 async def main() -> None:

@@ -3,9 +3,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from redis.asyncio import Redis
-from support.valkey import Valkey, valkey_server
 
 from deltafan import Consumer, Producer
+from support.valkey import Valkey, valkey_server
 
 # Keys that may live for ever: the queues, the ledger and what arq itself never lets expire.
 ETERNAL = (b"deltafan:queue:interactive", b"deltafan:queue:batch", b"deltafan:usage", b"arq:queue", b"arq:abort")
@@ -33,9 +33,9 @@ def fresh_valkey() -> Iterator[Valkey]:
 
 
 @pytest.fixture
-async def redis(valkey: Valkey) -> AsyncIterator["Redis[bytes]"]:
+async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
     """A plain client of the shared server, which is empty; after the test no key without a lifetime may be left."""
-    client: Redis[bytes] = Redis.from_url(valkey.url)
+    client: Redis = Redis.from_url(valkey.url)
     await client.flushall()
     await client.script_flush()
     yield client
@@ -45,7 +45,7 @@ async def redis(valkey: Valkey) -> AsyncIterator["Redis[bytes]"]:
 
 
 @pytest.fixture
-def redis_url(redis: "Redis[bytes]", valkey: Valkey) -> str:
+def redis_url(redis: Redis, valkey: Valkey) -> str:
     return valkey.url
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import orjson
 import typer
+
 from deltafan import (
     Consumer,
     DeltafanError,
@@ -20,9 +21,8 @@ from deltafan import (
     RedisUnavailable,
     UsageRecord,
 )
-from deltafan_config import Catalogue, Settings, SettingsError, load_settings
-
 from deltafan_cli._view import EventPrinter, err, out, print_json, show_result, usage_table
+from deltafan_config import Catalogue, Settings, SettingsError, load_settings
 
 T = TypeVar("T")
 
@@ -126,7 +126,10 @@ def worker(
     burst: Annotated[bool, typer.Option("--burst", help="Exit when no job is due.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Only tell whether a worker of this host is alive.")] = False,
 ) -> None:
-    """Take jobs off the queue and publish their answers. SIGTERM or Ctrl-C drains: running jobs end or are handed over."""
+    """Take jobs off the queue and publish their answers.
+
+    SIGTERM or Ctrl-C drains: running jobs end or, when that takes too long, are handed over.
+    """
     from deltafan_cli._worker import check_worker, run_workers
 
     given = {"processes": processes, "concurrency": concurrency}
@@ -179,7 +182,7 @@ def tail(
     after: Annotated[str | None, typer.Option("--from", help="Go on after this position.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a job's events from the start, then live, until its end: on a terminal its answer, in a pipe a line each."""
+    """Print a job's events from the start, then live, until its end. In a pipe: one line for each event."""
     sys.exit(_await(_follow(_settings(), job_id, after, as_json=as_json, text_only=False)))
 
 

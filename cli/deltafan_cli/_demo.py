@@ -5,12 +5,12 @@ import hashlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from deltafan import Consumer, Event, Producer, UsageRecord, fold
 from rich.columns import Columns
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
 
+from deltafan import Consumer, Event, Producer, UsageRecord, fold
 from deltafan._ledger import read_ledger
 from deltafan_cli._view import out, usage_card
 
@@ -107,7 +107,9 @@ def _view(readers: list[_Reader]) -> AbstractContextManager[object]:
         height = max(8, out.height - 16)
         # The newest lines: a panel shows the beginning of what does not fit.
         lines = (height - 2) * (width - 4)
-        panels = [Panel(escape(r.text[-lines:]), title=r.name, subtitle=r.joins, width=width, height=height) for r in readers]
+        panels = [
+            Panel(escape(r.text[-lines:]), title=r.name, subtitle=r.joins, width=width, height=height) for r in readers
+        ]
         return Columns(panels)
 
     return Live(get_renderable=render, console=out, refresh_per_second=12)
@@ -116,6 +118,6 @@ def _view(readers: list[_Reader]) -> AbstractContextManager[object]:
 async def _bill(redis_url: str, job_id: str) -> list[UsageRecord]:
     """The job's records, which the worker writes right after the end."""
     async with asyncio.timeout(LEDGER_WAIT_S):
-        while not (records := [r for r in await read_ledger(redis_url, last=100) if r.job_id == job_id]):
+        while not (records := [r for r in await read_ledger(redis_url, last=100) if r.job_id == job_id]):  # noqa: ASYNC110  nobody tells
             await asyncio.sleep(0.05)
     return records

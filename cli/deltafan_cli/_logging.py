@@ -5,6 +5,7 @@ import sys
 from datetime import UTC, datetime
 
 import orjson
+
 from deltafan_config import Settings
 
 

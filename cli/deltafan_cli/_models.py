@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from deltafan_config import Catalogue, MissingKey, Provider
 from rich.table import Table
+
+from deltafan_config import Catalogue, MissingKey, Provider
 
 
 def model_rows(catalogue: Catalogue, env: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import orjson
-from deltafan import Event, Generation, UsageRecord
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from deltafan import Event, Generation, UsageRecord
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -148,7 +149,9 @@ def usage_card(record: UsageRecord) -> Table:
     table.add_column(overflow="fold")
     for name, value in record.to_json().items():
         if name != "raw":
-            table.add_row(name, escape(f"{value:.10f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)))
+            table.add_row(
+                name, escape(f"{value:.10f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value))
+            )
     return table
 
 

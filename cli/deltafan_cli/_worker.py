@@ -11,10 +11,9 @@ from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
-from deltafan_config import Settings
-
 from deltafan_cli._logging import set_up_logging
 from deltafan_cli._view import err
+from deltafan_config import Settings
 
 log = logging.getLogger("deltafan.worker")
 

@@ -8,8 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from deltafan._errors import DeltafanError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from deltafan._errors import DeltafanError
 
 Api = Literal["chat"]
 PerMillion = Annotated[float, Field(ge=0)]
@@ -118,7 +119,7 @@ class Route:
     model: str
     """The name the provider knows."""
     price: Price | None = None
-    timeouts: TimeoutOverrides = TimeoutOverrides()
+    timeouts: TimeoutOverrides = field(default_factory=TimeoutOverrides)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -148,7 +149,7 @@ class Catalogue(_Table):
             catalogue = cls.model_validate(_named(data))
         except ValidationError as error:
             raise CatalogueError("\n".join(f"{source}: {_complaint(detail)}" for detail in error.errors())) from None
-        catalogue._check_references(source)
+        catalogue.check_references(source)
         return catalogue
 
     def resolve(self, model: str) -> tuple[Route, ...]:
@@ -176,7 +177,8 @@ class Catalogue(_Table):
             defaults=model.defaults,
         )
 
-    def _check_references(self, source: object) -> None:
+    def check_references(self, source: object) -> None:
+        """Raise CatalogueError when a model names a provider that is not there."""
         for model in self.models.values():
             for name in model.providers:
                 if name not in self.providers:

@@ -5,10 +5,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from deltafan._errors import DeltafanError
 from deltafan._retention import Retention
 from deltafan._url import masked_url
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PREFIX = "DELTAFAN_"
 _SCHEMES = ("redis://", "rediss://", "unix://")

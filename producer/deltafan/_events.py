@@ -27,7 +27,7 @@ KNOWN_TYPES: Final = DELTA_TYPES | TERMINAL_TYPES | {STARTED}
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Opens an attempt. `restart` and `replay` tell a reader to discard what it has, `continue` to cut back to `from_`."""
+    """Opens an attempt. Modes `restart` and `replay` void what a reader has, `continue` keeps it up to `from_`."""
 
     attempt: int
     run: str
@@ -154,11 +154,11 @@ def failure_from(data: Mapping[str, Any]) -> Failure:
     return Failure(str(data.get("code", "unknown")), str(data.get("message", "")), bool(data.get("retryable", False)))
 
 
-def tool_call_data(index: int, *, id: str | None = None, name: str | None = None, arguments: str = "") -> bytes:
+def tool_call_data(index: int, *, call_id: str | None = None, name: str | None = None, arguments: str = "") -> bytes:
     """The data of a `tool_call` entry: absent fields are left out."""
     data: dict[str, Any] = {"index": index}
-    if id is not None:
-        data["id"] = id
+    if call_id is not None:
+        data["id"] = call_id
     if name is not None:
         data["name"] = name
     if arguments:

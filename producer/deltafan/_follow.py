@@ -61,5 +61,5 @@ class Follower:
 
 
 def _starts_from_nothing(fields: Sequence[bytes]) -> bool:
-    """Whether an entry with seq 0 owes nothing to what came before: a terminal entry, or `started` unless it continues."""
+    """Whether an entry with seq 0 owes nothing to what came before: it is terminal, or `started` without `continue`."""
     return fields[1] != STARTED.encode() or orjson.loads(fields[3]).get("mode") != "continue"

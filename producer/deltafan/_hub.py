@@ -41,7 +41,7 @@ _REOPEN_PAUSE_S = 0.2
 class Listener(Protocol):
     """Somebody who wants to know when a job's stream changes."""
 
-    def on_bell(self, status: bytes) -> None:
+    def on_bell(self, status: bytes, /) -> None:
         """The stream has grown. `status` is empty, or how the job ended."""
 
     def on_sweep(self) -> None:

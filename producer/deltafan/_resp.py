@@ -63,7 +63,7 @@ class RespConnection(asyncio.Protocol):
         self._handlers: deque[Handler] = deque()
         self._push: Handler | None = None
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._transport = cast(asyncio.Transport, opened._writer.transport)  # type: ignore[union-attr]
+        self._transport = cast(asyncio.Transport, opened._writer.transport)  # type: ignore[union-attr]  # noqa: SLF001  held by a contract test
         self._transport.set_protocol(self)
 
     @property
@@ -136,7 +136,7 @@ class RespConnection(asyncio.Protocol):
     def eof_received(self) -> None:
         """Called by the event loop."""
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _exc: Exception | None) -> None:
         """Called by the event loop."""
         self._end()
 
@@ -144,7 +144,7 @@ class RespConnection(asyncio.Protocol):
         if not self.lost.done():
             self.lost.set_result(None)
             # redis-py's object is not to close, or complain of, what is closed.
-            self._opened._writer = self._opened._reader = None
+            self._opened._writer = self._opened._reader = None  # noqa: SLF001
             self._fail_handlers()
 
     def _fail_handlers(self) -> None:
@@ -163,7 +163,7 @@ async def open_connection(url: str, *, timeout_s: float, name: str = "deltafan")
     try:
         opened = _redis_connection(url, timeout_s, name)
         async with asyncio.timeout(timeout_s):
-            await opened.connect()  # type: ignore[no-untyped-call]
+            await opened.connect()
     except (RedisError, OSError, ValueError) as error:
         await _discard(opened)
         raise RedisUnavailable(masked_url(url), _explain(error)) from error

@@ -101,7 +101,7 @@ class Feed:
         self._events_key, self._state_key, self._result_key = keys.job(job_id)
         self.tails: set[Tail] = set()
 
-    def on_bell(self, status: bytes) -> None:
+    def on_bell(self, _status: bytes) -> None:
         """Listener: there is something to read."""
         for tail in self.tails:
             tail.unread = True

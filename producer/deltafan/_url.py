@@ -6,7 +6,7 @@ _SECRET_OPTIONS = ("password=", "username=")
 
 
 def masked_url(url: str) -> str:
-    """The URL with its password, wherever it stands, replaced by `***`; one that can not be read is not shown at all."""
+    """The URL with `***` for its password, wherever that stands; one that can not be read is not shown at all."""
     try:
         parts = urlsplit(url)
         host = parts.netloc.rpartition("@")[2]

@@ -1,6 +1,7 @@
 from collections.abc import AsyncIterator
 
 import pytest
+
 from support.upstream import ScriptedUpstream, scripted_upstream
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import orjson
 import pytest
 from redis.asyncio import Redis
+
+from deltafan import Consumer, Event, Producer, UsageRecord, fold
 from support import upstream as script
 from support.upstream import ScriptedUpstream
 from support.valkey import Valkey
 from support.waiting import wait_until
 from support.workers import running_worker, settings_env
-
-from deltafan import Consumer, Event, Producer, UsageRecord, fold
 
 HI = [{"role": "user", "content": "Hi"}]
 FIRST, SECOND = [f"a{n} " for n in range(20)], [f"b{n} " for n in range(20)]
@@ -27,7 +27,7 @@ class Scene:
     """A generation that has published its first half and waits for `go_on`; a reader has seen that half."""
 
     valkey: Valkey
-    redis: "Redis[bytes]"
+    redis: Redis
     job_id: str
     go_on: asyncio.Event
     reading: "asyncio.Task[list[Event]]"
@@ -50,7 +50,7 @@ async def half_way(
     held = [end] if end is not None else []
     halves = [[script.delta(content=piece) for piece in half] for half in (FIRST, SECOND)]
     upstream.then([*halves[0], gate, *halves[1], *held, *script.ending()])
-    redis: Redis[bytes] = Redis.from_url(valkey.url)
+    redis: Redis = Redis.from_url(valkey.url)
     env = settings_env(valkey.url, upstream.url, folder)
     async with (
         Producer.connect(valkey.url) as producer,
@@ -126,7 +126,7 @@ async def memory_runs_out_for_a_while(scene: Scene) -> None:
     await scene.redis.config_set("maxmemory", "0")
 
 
-async def _refusals(redis: "Redis[bytes]", section: str) -> bool:
+async def _refusals(redis: Redis, section: str) -> bool:
     return "errorstat_OOM" in await redis.info(section)
 
 
@@ -182,7 +182,7 @@ async def _read(scene: Scene) -> list[Event]:
         return [event async for event in events]
 
 
-async def _ledger(redis: "Redis[bytes]") -> list[UsageRecord]:
+async def _ledger(redis: Redis) -> list[UsageRecord]:
     entries = await redis.xrange("deltafan:usage")
     return [UsageRecord.from_json(orjson.loads(fields[b"data"])) for _, fields in entries]
 

@@ -1,6 +1,7 @@
 """Worker processes die, freeze or are told to stop in the middle of a generation."""
 
 import asyncio
+import os
 import signal
 import subprocess
 import time
@@ -9,12 +10,12 @@ from pathlib import Path
 import orjson
 import pytest
 from redis.asyncio import Redis
+
+from deltafan import Consumer, Event, JobFailed, Producer, UsageRecord, fold
 from support import upstream as script
 from support.upstream import ScriptedUpstream
 from support.waiting import wait_until
 from support.workers import settings_env, worker_process
-
-from deltafan import Consumer, Event, JobFailed, Producer, UsageRecord, fold
 
 HI = [{"role": "user", "content": "Hi"}]
 LEASE_S = 2
@@ -25,7 +26,7 @@ async def read(consumer: Consumer, job_id: str) -> list[Event]:
         return [event async for event in events]
 
 
-async def ledger(redis: "Redis[bytes]") -> list[tuple[int, str]]:
+async def ledger(redis: Redis) -> list[tuple[int, str]]:
     entries = await redis.xrange("deltafan:usage")
     records = [UsageRecord.from_json(orjson.loads(fields[b"data"])) for _, fields in entries]
     return sorted((record.attempt_no, record.outcome) for record in records)
@@ -41,7 +42,7 @@ async def has_begun(consumer: Consumer, job_id: str) -> bool:
 
 
 async def test_a_killed_workers_job_runs_again_when_its_lease_is_over(
-    producer: Producer, consumer: Consumer, redis: "Redis[bytes]", env: dict[str, str], upstream: ScriptedUpstream
+    producer: Producer, consumer: Consumer, redis: Redis, env: dict[str, str], upstream: ScriptedUpstream
 ) -> None:
     upstream.then([script.delta(content="void"), asyncio.Event()])
     job = await producer.submit(model="sim", messages=HI)
@@ -74,7 +75,7 @@ async def test_on_interrupt_fail_ends_a_killed_workers_job(
 
 
 async def test_a_frozen_worker_that_wakes_changes_nothing(
-    producer: Producer, consumer: Consumer, redis: "Redis[bytes]", env: dict[str, str], upstream: ScriptedUpstream
+    producer: Producer, consumer: Consumer, redis: Redis, env: dict[str, str], upstream: ScriptedUpstream
 ) -> None:
     gate = asyncio.Event()
     upstream.then([script.delta(content="zombie "), gate, script.delta(content="brains"), *script.ending()])
@@ -94,7 +95,7 @@ async def test_a_frozen_worker_that_wakes_changes_nothing(
             assert len(await redis.xrange("deltafan:usage")) == 2
 
 
-async def _is_idle(process: "subprocess.Popen[bytes]", redis: "Redis[bytes]") -> bool:
+async def _is_idle(process: "subprocess.Popen[bytes]", redis: Redis) -> bool:
     keys = [key async for key in redis.scan_iter(match="deltafan:worker:*") if key.endswith(b":%d" % process.pid)]
     return bool(keys) and orjson.loads(await redis.get(keys[0]) or b"{}").get("running") == 0
 
@@ -114,15 +115,15 @@ async def test_sigterm_lets_a_running_job_end(
 
 
 async def test_after_the_drain_timeout_the_rest_is_handed_over_at_once(
-    producer: Producer, consumer: Consumer, redis: "Redis[bytes]", env: dict[str, str], upstream: ScriptedUpstream
+    producer: Producer, consumer: Consumer, redis: Redis, env: dict[str, str], upstream: ScriptedUpstream
 ) -> None:
     upstream.then([script.delta(content="void"), asyncio.Event()])
     job = await producer.submit(model="sim", messages=HI)
     env = {**env, "DELTAFAN_DRAIN_TIMEOUT_S": "0", "DELTAFAN_LEASE_S": "60"}
-    with worker_process(env) as first, worker_process(env):
+    with worker_process(env), worker_process(env):
         await wait_until(lambda: has_begun(consumer, job.id), "one worker has published")
-        owner = (await read_started(consumer, job.id)).rpartition(":")[2]
-        (first if owner == str(first.pid) else _other(first, owner)).terminate()
+        pid = (await read_started(consumer, job.id)).rpartition(":")[2]
+        os.kill(int(pid), signal.SIGTERM)
         result = await consumer.result(job.id, timeout=10)
         assert result.content == "Hello, world!"
         assert result.attempt_no == 1, "a hand-over spends no run"
@@ -137,18 +138,8 @@ async def read_started(consumer: Consumer, job_id: str) -> str:
         return started.worker
 
 
-class _other:  # noqa: N801  stands for the process that the fixture does not name
-    def __init__(self, _first: object, pid: str) -> None:
-        self._pid = int(pid)
-
-    def terminate(self) -> None:
-        import os
-
-        os.kill(self._pid, signal.SIGTERM)
-
-
 async def test_three_deaths_end_the_job(
-    producer: Producer, consumer: Consumer, redis: "Redis[bytes]", env: dict[str, str], upstream: ScriptedUpstream
+    producer: Producer, consumer: Consumer, redis: Redis, env: dict[str, str], upstream: ScriptedUpstream
 ) -> None:
     upstream.standing = [script.delta(content="deadly"), asyncio.Event()]
     job = await producer.submit(model="sim", messages=HI)

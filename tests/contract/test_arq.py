@@ -11,14 +11,14 @@ from arq.jobs import Job as ArqJob
 from arq.jobs import JobStatus
 from arq.worker import Worker, func
 from redis.asyncio import ConnectionPool, Redis
-from support import upstream as script
-from support.upstream import ScriptedUpstream, scripted_upstream
-from support.waiting import wait_until
-from support.workers import running_worker, settings_env
 
 from deltafan import Consumer, JobCancelled, JobFailed, Producer
 from deltafan._keys import FUNCTION
 from deltafan_worker.serialization import deserialize, serialize
+from support import upstream as script
+from support.upstream import ScriptedUpstream, scripted_upstream
+from support.waiting import wait_until
+from support.workers import running_worker, settings_env
 
 QUEUE = "deltafan:queue:interactive"
 HI = [{"role": "user", "content": "Hi"}]
@@ -130,7 +130,7 @@ async def test_abort_of_a_waiting_job_writes_its_terminal_entry(
 
 
 async def test_a_job_whose_record_expired_ends_as_failed(
-    producer: Producer, consumer: Consumer, redis: "Redis[bytes]", env: dict[str, str]
+    producer: Producer, consumer: Consumer, redis: Redis, env: dict[str, str]
 ) -> None:
     job = await producer.submit(model="sim", messages=HI)
     await redis.delete(f"arq:job:{job.id}")
@@ -170,7 +170,11 @@ async def test_a_burst_worker_stops_when_nothing_is_due(
 
 
 async def test_prompts_and_answers_stay_out_of_the_logs(
-    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
+    producer: Producer,
+    consumer: Consumer,
+    env: dict[str, str],
+    upstream: ScriptedUpstream,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("DEBUG")
     upstream.then(script.text("ANSWER-1234"), [script.delta(content="ANSWER-1234"), script.Raw(b"data: {PROMPT\n\n")])

@@ -2,10 +2,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from support.upstream import ScriptedUpstream, scripted_upstream
-from support.workers import running_worker, settings_env
 
 from deltafan_worker._leased import LeasedWorker
+from support.upstream import ScriptedUpstream, scripted_upstream
+from support.workers import running_worker, settings_env
 
 
 @pytest.fixture

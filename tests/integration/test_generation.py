@@ -1,13 +1,11 @@
 """One job from submit to bill, on a real server and over real HTTP."""
 
 import asyncio
+from datetime import timedelta
 
 import orjson
 import pytest
 from redis.asyncio import Redis
-from support import upstream as script
-from support.upstream import ScriptedUpstream
-from support.waiting import wait_until
 
 from deltafan import (
     Consumer,
@@ -20,6 +18,10 @@ from deltafan import (
     fold,
 )
 from deltafan_worker._leased import LeasedWorker
+from support import upstream as script
+from support.upstream import ScriptedUpstream
+from support.waiting import wait_until
+from support.workers import running_worker
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -29,13 +31,13 @@ async def read(consumer: Consumer, job_id: str, after: str | None = None) -> lis
         return [event async for event in events]
 
 
-async def ledger(redis: "Redis[bytes]") -> list[UsageRecord]:
+async def ledger(redis: Redis) -> list[UsageRecord]:
     entries = await redis.xrange("deltafan:usage")
     return [UsageRecord.from_json(orjson.loads(fields[b"data"])) for _, fields in entries]
 
 
 async def test_an_answer_reaches_stream_result_ledger_and_arq(
-    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: "Redis[bytes]"
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: Redis
 ) -> None:
     job = await producer.submit(model="sim", messages=HI, body={"temperature": 0.5}, tenant="acme")
     events = await read(consumer, job.id)
@@ -108,7 +110,7 @@ async def test_thinking_text_refusal_and_tools_keep_their_order(
 
 
 async def test_a_refused_request_fails_with_the_providers_words(
-    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: "Redis[bytes]"
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: Redis
 ) -> None:
     body = b'{"error": {"message": "temperature must be below 2", "type": "invalid_request_error", "code": null}}'
     upstream.then(script.Refuse(400, body))
@@ -135,7 +137,7 @@ async def test_before_the_first_delta_a_call_is_retried_in_place(
 
 
 async def test_after_the_first_delta_a_broken_answer_starts_over_visibly(
-    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: "Redis[bytes]"
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: Redis
 ) -> None:
     upstream.then([script.delta(content="Goodb"), script.Cut()])
     job = await producer.submit(model="sim", messages=HI)
@@ -172,7 +174,7 @@ async def test_on_interrupt_fail_forbids_the_restart(
 
 
 async def test_cancel_stops_a_running_job_and_closes_its_call(
-    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: "Redis[bytes]"
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: Redis
 ) -> None:
     upstream.then([script.delta(content="Once upon"), asyncio.Event()])
     job = await producer.submit(model="sim", messages=HI)
@@ -189,10 +191,8 @@ async def test_cancel_stops_a_running_job_and_closes_its_call(
 
 
 async def test_a_waiting_job_is_cancelled_at_once_and_never_run(
-    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream, redis: "Redis[bytes]"
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream, redis: Redis
 ) -> None:
-    from support.workers import running_worker
-
     job = await producer.submit(model="sim", messages=HI)
     assert await producer.cancel(job.id) == "cancelled"
     events = await read(consumer, job.id)
@@ -205,8 +205,6 @@ async def test_a_waiting_job_is_cancelled_at_once_and_never_run(
 async def test_a_deadline_ends_a_running_job(
     producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
 ) -> None:
-    from datetime import timedelta
-
     upstream.then([script.delta(content="Once upon"), asyncio.Event()])
     job = await producer.submit(model="sim", messages=HI, deadline=timedelta(seconds=0.3))
     with pytest.raises(JobFailed, match="deadline"):

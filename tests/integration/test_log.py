@@ -13,17 +13,24 @@ import pytest
 import redis as sync_redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from redis.asyncio import Redis
-from support.upstream import scripted_upstream
-from support.valkey import Valkey
-from support.waiting import wait_until
-from support.workers import running_worker, settings_env
 
 from deltafan import Consumer, Position, Producer
 from deltafan._follow import Follower
 from deltafan._keys import Keys
 from deltafan._lua import load
+from support.upstream import scripted_upstream
+from support.valkey import Valkey
+from support.waiting import wait_until
+from support.workers import running_worker, settings_env
 
 KEYS = Keys()
 LIVE, TTLS = 600_000, (100_000, 200_000, 300_000)
@@ -39,6 +46,8 @@ class Writer:
         self.attempt = 0
         self.sent = 0
         self.open = False
+        self.flowing = False
+        """A refusal stops the appends until a compare, and so does the end."""
 
 
 class LogMachine(RuleBasedStateMachine):
@@ -48,7 +57,7 @@ class LogMachine(RuleBasedStateMachine):
 
     @initialize()
     def submit(self) -> None:
-        self.redis = sync_redis.Redis.from_url(self.url)
+        self.redis: Any = sync_redis.Redis.from_url(self.url)  # its types mix both worlds
         self.redis.flushall()
         self.keys = KEYS.job("j")
         self.model: list[tuple[Position, str]] = []
@@ -65,20 +74,40 @@ class LogMachine(RuleBasedStateMachine):
         if hasattr(self, "redis"):
             self.redis.close()
 
-    def script(self, name: str, args: tuple[Any, ...], *, package: str = "deltafan_worker", using: tuple[str, ...] = ("common",)) -> Any:
+    def script(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        *,
+        package: str = "deltafan_worker",
+        using: tuple[str, ...] = ("common",),
+    ) -> Any:
         script = load(name, package, using=using)
-        return self.redis.eval(script.source.decode(), 3, *self.keys, *args)  # type: ignore[no-untyped-call]
+        return self.redis.eval(script.source.decode(), 3, *self.keys, *args)
 
     def begin(self, writer: Writer, mode: str) -> Any:
         run = f"run-{len(self.seen_attempts)}-{writer.number}-{len(self.model)}"
-        args = (run, writer.run, writer.number, writer.attempt, mode, 1000, LIVE, '"model":"m"', f"c{run}", '"x":1', "", "")
+        args = (
+            run,
+            writer.run,
+            writer.number,
+            writer.attempt,
+            mode,
+            1000,
+            LIVE,
+            '"model":"m"',
+            f"c{run}",
+            '"x":1',
+            "",
+            "",
+        )
         reply = self.script("begin", (*args, *TTLS, "restart"))
         if reply[0] == b"RUN":
             attempt = int(reply[1])
             assert attempt not in self.seen_attempts, "an attempt's number is issued once"
             assert attempt > max(self.seen_attempts, default=0)
             self.seen_attempts.add(attempt)
-            writer.run, writer.attempt, writer.sent, writer.open = run, attempt, 0, True
+            writer.run, writer.attempt, writer.sent, writer.open, writer.flowing = run, attempt, 0, True, True
             self.model.append((Position(attempt, 0), "started"))
             self.owner, self.damaged = writer, False
         return reply
@@ -99,14 +128,16 @@ class LogMachine(RuleBasedStateMachine):
         if not self.ended:
             self.ended = True
             attempt = int(self.redis.hget(self.keys[1], "attempt") or 0)
-            assert attempt > max(self.seen_attempts, default=0), "whoever ends a job he does not run opens a new attempt"
+            assert attempt > max(self.seen_attempts, default=0), (
+                "whoever ends a job he does not run opens a new attempt"
+            )
             self.seen_attempts.add(attempt)
             self.model.append((Position(attempt, 0), kind))
 
     @rule(data=st.data(), count=st.integers(1, 4))
-    @precondition(lambda self: any(writer.open for writer in self.writers))
+    @precondition(lambda self: any(writer.flowing for writer in self.writers))
     def append(self, data: st.DataObject, count: int) -> None:
-        writer = data.draw(st.sampled_from([w for w in self.writers if w.open]))
+        writer = data.draw(st.sampled_from([w for w in self.writers if w.flowing]))
         for _ in range(count):
             writer.sent += 1
             position = Position(writer.attempt, writer.sent)
@@ -116,9 +147,10 @@ class LogMachine(RuleBasedStateMachine):
                 assert accepted
             if accepted:
                 assert not self.ended, "nothing stands behind the terminal entry"
-                assert self.model[-1][0] < position
+                assert not self.model or self.model[-1][0] < position
                 self.model.append((position, "content"))
             else:
+                writer.flowing = False
                 return
 
     def xadd(self, position: Position) -> bool:
@@ -146,6 +178,7 @@ class LogMachine(RuleBasedStateMachine):
             assert reply[0] == b"ENDED"
         elif writer is not self.owner and not self.damaged:
             assert reply[0] == b"FENCED"
+        writer.flowing = reply[0] in (b"OK", b"HEAL")
         if reply[0] == b"HEAL":
             for seq in range(reply[2] + 1, writer.sent + 1):
                 assert self.xadd(Position(writer.attempt, seq))
@@ -158,7 +191,7 @@ class LogMachine(RuleBasedStateMachine):
                     self.model.append((Position(writer.attempt, seq), "content"))
                 writer.sent = sent
         elif reply[0] in (b"FENCED", b"ENDED"):
-            writer.open = False
+            writer.open = writer.flowing = False
 
     @rule(data=st.data())
     @precondition(lambda self: any(writer.open for writer in self.writers))
@@ -172,8 +205,11 @@ class LogMachine(RuleBasedStateMachine):
             assert not self.cancelled, "an acknowledged cancel wins"
             position = Position(writer.attempt, writer.sent + 1)
             assert self.model[-1][0] == Position(writer.attempt, writer.sent), "it stands right behind what it sealed"
+            assert [p.seq for p, _ in self.model if p.attempt == writer.attempt] == list(range(writer.sent + 1)), (
+                "no hole"
+            )
             self.model.append((position, "completed"))
-            self.ended = True
+            self.ended, writer.flowing = True, False
         elif self.ended:
             assert reply[0] in (b"ALREADY", b"ENDED")
         elif self.cancelled and writer is self.owner:
@@ -192,17 +228,24 @@ class LogMachine(RuleBasedStateMachine):
         elif reply[0] == b"REQUESTED":
             self.cancelled = True
 
-    @rule(which=st.sampled_from(["events", "tail", "middle"]))
+    @rule(which=st.sampled_from(["all", "suffix", "last", "middle"]))
     @precondition(lambda self: self.model and not self.ended)
     def lose(self, which: str) -> None:
+        """The key is deleted; a failover forgets a suffix; entries are deleted at the end or in the middle."""
         self.damaged = True
-        if which == "events":
+        if which == "all":
             self.redis.delete(self.keys[0])
             self.model.clear()
-            return
-        index = len(self.model) - 1 if which == "tail" else len(self.model) // 2
-        self.redis.xdel(self.keys[0], str(self.model[index][0]))
-        del self.model[index]
+        elif which == "suffix":
+            del self.model[(len(self.model) + 1) // 2 :]
+            self.redis.delete(self.keys[0])
+            for position, kind in self.model:
+                self.redis.xadd(self.keys[0], {"type": kind, "data": "x"}, id=str(position))
+            self.redis.pexpire(self.keys[0], LIVE)
+        else:
+            index = len(self.model) - 1 if which == "last" else len(self.model) // 2
+            self.redis.xdel(self.keys[0], str(self.model[index][0]))
+            del self.model[index]
 
     @invariant()
     def the_stream_is_the_list(self) -> None:
@@ -219,7 +262,10 @@ class LogMachine(RuleBasedStateMachine):
         if not hasattr(self, "model"):
             return
         raw = [
-            (str(position).encode(), [b"type", kind.encode(), b"data", b'{"mode":"restart"}' if kind == "started" else b"x"])
+            (
+                str(position).encode(),
+                [b"type", kind.encode(), b"data", b'{"mode":"restart"}' if kind == "started" else b"x"],
+            )
             for position, kind in self.model
         ]
         whole = [event.position for event in Follower().take(raw)]
@@ -236,12 +282,12 @@ def test_the_log_against_a_plain_list(valkey: Valkey) -> None:
     limits = settings(
         max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
-    run_state_machine_as_test(Machine, settings=limits)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(Machine, settings=limits)
 
 
 @pytest.mark.parametrize("billed", [False, True], ids=["before the ledger", "after the ledger"])
 async def test_a_job_that_ended_is_only_closed_by_its_next_claimant(
-    billed: bool, producer: Producer, consumer: Consumer, redis: "Redis[bytes]", redis_url: str, tmp_path: Path
+    billed: bool, producer: Producer, consumer: Consumer, redis: Redis, redis_url: str, tmp_path: Path
 ) -> None:
     """The worker died behind `finish`: the job has ended, and arq knows nothing of it."""
     job = await producer.submit(model="sim", messages=[{"role": "user", "content": "Hi"}])
@@ -266,17 +312,16 @@ async def test_a_job_that_ended_is_only_closed_by_its_next_claimant(
         assert orjson.loads(fields[b"data"]) == result.usage.to_json()
 
 
-async def test_submits_at_the_same_moment_make_one_job(producer: Producer, redis: "Redis[bytes]") -> None:
-    fields = {"model": "m", "messages": [{"role": "user"}], "job_id": "j"}
-    jobs = await asyncio.gather(*[producer.submit(**fields) for _ in range(20)])
+async def test_submits_at_the_same_moment_make_one_job(producer: Producer, redis: Redis) -> None:
+    jobs = await asyncio.gather(
+        *[producer.submit(model="m", messages=[{"role": "user"}], job_id="j") for _ in range(20)]
+    )
     assert sum(job.created for job in jobs) == 1
     assert await redis.zcard("deltafan:queue:interactive") == 1
 
 
 @pytest.mark.parametrize("status", ["completed", "cancelled"])
-async def test_an_evicted_state_does_not_bring_an_ended_job_back(
-    producer: Producer, redis: "Redis[bytes]", status: str
-) -> None:
+async def test_an_evicted_state_does_not_bring_an_ended_job_back(producer: Producer, redis: Redis, status: str) -> None:
     await redis.xadd("deltafan:{j}:events", {"type": status, "data": "{}"}, id="5-0")
     await redis.expire("deltafan:{j}:events", 600)
     job = await producer.submit(model="m", messages=[{"role": "user"}], job_id="j")

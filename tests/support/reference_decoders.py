@@ -24,7 +24,8 @@ def sse_events(data: bytes) -> list[tuple[str, str]]:
     if current:
         lines.append(current)
     events: list[tuple[str, str]] = []
-    name, values = "", []
+    name = ""
+    values: list[str] = []
     for line in [*lines, ""]:
         field, _, value = line.partition(":")
         value = value.removeprefix(" ")

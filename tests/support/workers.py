@@ -9,11 +9,10 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from deltafan._background import background
 from deltafan_config import load_settings
 from deltafan_worker._leased import LeasedWorker
 from deltafan_worker.main import open_worker
-
-from deltafan._background import background
 
 CATALOGUE = """
 [providers.sim]

@@ -9,13 +9,13 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.reference_decoders import chat_outcome
 
 from deltafan._events import Event
 from deltafan._fold import Generation, fold
 from deltafan._position import Position
 from deltafan_worker._chat import ChatDecoder
 from deltafan_worker._upstream_error import UpstreamError
+from support.reference_decoders import chat_outcome
 
 STOP = {"index": 0, "delta": {}, "finish_reason": "stop"}
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
@@ -82,7 +82,9 @@ def content(*pieces: bytes) -> str:
 
 
 def test_an_ordinary_stream() -> None:
-    outcome = Outcome(delta(role="assistant", content=""), delta(content="He"), delta(content="y"), frame(STOP), frame(usage=USAGE))
+    outcome = Outcome(
+        delta(role="assistant", content=""), delta(content="He"), delta(content="y"), frame(STOP), frame(usage=USAGE)
+    )
     assert outcome.deltas == [("content", b"He"), ("content", b"y")]
     assert (outcome.finish, outcome.usage, outcome.decoder.response_id) == ("stop", USAGE, "c1")
     assert outcome.decoder.frames == 5
@@ -146,14 +148,23 @@ def test_oddity_13_choices_null_missing_or_empty(chunk: dict[str, Any]) -> None:
 
 
 def test_oddity_14_azures_first_chunk() -> None:
-    first = {"choices": [], "created": 0, "id": "", "model": "", "object": "", "prompt_filter_results": [{"prompt_index": 0}]}
+    first = {
+        "choices": [],
+        "created": 0,
+        "id": "",
+        "model": "",
+        "object": "",
+        "prompt_filter_results": [{"prompt_index": 0}],
+    }
     outcome = Outcome(b"data: " + orjson.dumps(first) + b"\n\n", delta(content="a"), frame(STOP))
     assert (outcome.generation.content, outcome.decoder.response_id) == ("a", "c1")
 
 
 def test_oddity_15_delta_null_or_empty() -> None:
     null = frame({"index": 0, "delta": None, "finish_reason": None})
-    assert content(null, delta(), delta(content="a"), frame({"index": 0, "delta": None, "finish_reason": "stop"})) == "a"
+    assert (
+        content(null, delta(), delta(content="a"), frame({"index": 0, "delta": None, "finish_reason": "stop"})) == "a"
+    )
 
 
 @pytest.mark.parametrize("running", [{}, {"finish_reason": ""}, {"finish_reason": "null"}, {"finish_reason": None}])
@@ -174,8 +185,15 @@ def test_oddity_17_the_finish_chunk_twice() -> None:
     [
         [delta(content="a"), frame(STOP), frame(usage=USAGE)],
         [delta(content="a"), frame(STOP, usage=USAGE)],
-        [frame({"index": 0, "delta": {"content": "a"}}, usage={"prompt_tokens": 3, "completion_tokens": 0}), frame(STOP, usage=USAGE)],
-        [delta(content="a"), frame(STOP), frame({"index": 0, "delta": {"content": ""}, "finish_reason": None}, usage=USAGE)],
+        [
+            frame({"index": 0, "delta": {"content": "a"}}, usage={"prompt_tokens": 3, "completion_tokens": 0}),
+            frame(STOP, usage=USAGE),
+        ],
+        [
+            delta(content="a"),
+            frame(STOP),
+            frame({"index": 0, "delta": {"content": ""}, "finish_reason": None}, usage=USAGE),
+        ],
         [delta(content="a"), frame(STOP, usage=USAGE), frame(usage={}), frame(usage=None)],
     ],
     ids=["own chunk", "finish chunk", "every chunk", "with a choice", "empty ones after it"],
@@ -204,7 +222,10 @@ def test_oddity_19_a_continuation_has_an_empty_id() -> None:
 
 
 def test_oddity_20_null_arguments_and_a_late_name() -> None:
-    late = [tool(index=0, id="c", function={"arguments": None}), tool(index=0, function={"name": "f", "arguments": "{}"})]
+    late = [
+        tool(index=0, id="c", function={"arguments": None}),
+        tool(index=0, function={"name": "f", "arguments": "{}"}),
+    ]
     assert calls(*late, tool(index=0, function={"name": "f", "arguments": None})) == [("c", "f", "{}")]
 
 
@@ -213,7 +234,9 @@ def test_oddity_21_calls_without_index_or_all_numbered_0() -> None:
     for number in ({}, {"index": 0}):
         pieces = [tool(**number, id=i, function={"name": n, "arguments": a}) for i, n, a in whole]
         assert calls(*pieces) == whole
-    assert calls(tool(id="a", function={"name": "f", "arguments": "{"}), tool(function={"arguments": "}"})) == [("a", "f", "{}")]
+    assert calls(tool(id="a", function={"name": "f", "arguments": "{"}), tool(function={"arguments": "}"})) == [
+        ("a", "f", "{}")
+    ]
 
 
 def test_oddity_22_several_fragments_in_one_chunk() -> None:
@@ -224,7 +247,10 @@ def test_oddity_22_several_fragments_in_one_chunk() -> None:
             {"index": 1, "id": "", "function": {"arguments": "}"}},
         ]
     )
-    assert calls(tool(index=0, id="a", function={"name": "f", "arguments": "{"}), both) == [("a", "f", "{}"), ("b", "g", "{}")]
+    assert calls(tool(index=0, id="a", function={"name": "f", "arguments": "{"}), both) == [
+        ("a", "f", "{}"),
+        ("b", "g", "{}"),
+    ]
 
 
 def test_oddity_23_stop_with_tool_calls() -> None:
@@ -232,7 +258,9 @@ def test_oddity_23_stop_with_tool_calls() -> None:
     assert (outcome.finish, [call.arguments for call in outcome.generation.tool_calls]) == ("stop", ["{}"])
 
 
-@pytest.mark.parametrize(("value", "text"), [(None, ""), ("", ""), ([], ""), ([{"type": "text", "text": "a"}], "a"), (7, "")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, ""), ("", ""), ([], ""), ([{"type": "text", "text": "a"}], "a"), (7, "")]
+)
 def test_oddity_24_content_in_all_its_forms(value: Any, text: str) -> None:
     assert content(delta(content=value), frame(STOP)) == text
 
@@ -243,7 +271,10 @@ def test_oddity_25_reasoning_and_content_in_one_chunk() -> None:
 
 
 def test_oddity_26_both_names_of_reasoning() -> None:
-    assert Outcome(delta(reasoning="a"), delta(reasoning_content="b", content=None), frame(STOP)).generation.reasoning == "ab"
+    assert (
+        Outcome(delta(reasoning="a"), delta(reasoning_content="b", content=None), frame(STOP)).generation.reasoning
+        == "ab"
+    )
 
 
 NATIVE = (
@@ -255,12 +286,32 @@ NATIVE = (
 @pytest.mark.parametrize(
     ("stream", "code", "retryable", "status"),
     [
-        (frame({"index": 0, "delta": {"content": NATIVE}, "finish_reason": "error_finish"}), "Throttling.AllocationQuota", True, 429),
-        (b'data: {"error": {"message": "no", "type": "data_inspection_failed"}}\n\n', "data_inspection_failed", False, None),
+        (
+            frame({"index": 0, "delta": {"content": NATIVE}, "finish_reason": "error_finish"}),
+            "Throttling.AllocationQuota",
+            True,
+            429,
+        ),
+        (
+            b'data: {"error": {"message": "no", "type": "data_inspection_failed"}}\n\n',
+            "data_inspection_failed",
+            False,
+            None,
+        ),
         (b'data: {"error": {"message": "busy", "code": 503}}\n\ndata: [DONE]\n\n', "stream_error", True, 503),
         (b'data: {"object": "error", "message": "gone", "type": "server_error"}\n\n', "server_error", True, None),
-        (frame({"index": 0, "delta": {}, "finish_reason": "error"}, error={"code": 400, "message": "bad"}), "stream_error", False, 400),
-        (b'event: error\ndata: {"error": {"code": "tool_use_failed", "status_code": 400}}\n\n', "tool_use_failed", False, 400),
+        (
+            frame({"index": 0, "delta": {}, "finish_reason": "error"}, error={"code": 400, "message": "bad"}),
+            "stream_error",
+            False,
+            400,
+        ),
+        (
+            b'event: error\ndata: {"error": {"code": "tool_use_failed", "status_code": 400}}\n\n',
+            "tool_use_failed",
+            False,
+            400,
+        ),
         (b'data: {"code": "InternalError", "message": "m", "request_id": "r"}\n\n', "InternalError", True, None),
     ],
 )
@@ -272,7 +323,9 @@ def test_oddity_27_errors_inside_a_200(stream: bytes, code: str, retryable: bool
 
 
 def test_an_error_behind_the_finish_takes_nothing_back() -> None:
-    late = frame({"index": 0, "delta": {}, "finish_reason": None}, error={"code": 400, "message": "Token limit reached"})
+    late = frame(
+        {"index": 0, "delta": {}, "finish_reason": None}, error={"code": 400, "message": "Token limit reached"}
+    )
     outcome = Outcome(delta(content="a"), frame({"index": 0, "delta": {}, "finish_reason": "length"}), late)
     assert (outcome.finish, outcome.error) == ("length", None)
 
@@ -318,7 +371,10 @@ def test_a_frame_that_is_no_object_is_an_error_that_does_not_quote_it() -> None:
 
 
 def test_halves_of_a_surrogate_pair_in_two_deltas_are_one_character() -> None:
-    halves = [b'data: {"choices":[{"index":0,"delta":{"content":"a\\ud83c"}}]}\n\n', b'data: {"choices":[{"index":0,"delta":{"content":"\\udf0db"}}]}\n\n']
+    halves = [
+        b'data: {"choices":[{"index":0,"delta":{"content":"a\\ud83c"}}]}\n\n',
+        b'data: {"choices":[{"index":0,"delta":{"content":"\\udf0db"}}]}\n\n',
+    ]
     assert content(*halves, frame(STOP)) == "a🌍b"
     assert content(halves[0], frame(STOP)) == "a\ufffd"
     assert content(halves[1], frame(STOP)) == "\ufffdb"
@@ -335,7 +391,9 @@ FRAMES = st.lists(
         TEXT.map(lambda t: delta(content=None, reasoning_content=t)),
         TEXT.map(lambda t: delta(refusal=t)),
         st.tuples(TEXT, TEXT).map(lambda t: delta(content=t[0], reasoning=t[1])),
-        st.tuples(st.integers(0, 2), TEXT).map(lambda t: tool(index=t[0], function={"name": f"f{t[0]}", "arguments": t[1]})),
+        st.tuples(st.integers(0, 2), TEXT).map(
+            lambda t: tool(index=t[0], function={"name": f"f{t[0]}", "arguments": t[1]})
+        ),
         st.integers(0, 9).map(lambda n: frame(usage={"completion_tokens": n})),
         st.just(b": ping\n\n"),
         st.just(frame(STOP)),
@@ -366,15 +424,36 @@ def test_agrees_with_the_reference(stream: bytes, at: list[int]) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["choices", "delta", "content", "tool_calls", "function", "index", "id", "error", "code", "usage", "finish_reason", "name", "arguments"]),
-        inner,
-        max_size=4,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "choices",
+                    "delta",
+                    "content",
+                    "tool_calls",
+                    "function",
+                    "index",
+                    "id",
+                    "error",
+                    "code",
+                    "usage",
+                    "finish_reason",
+                    "name",
+                    "arguments",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )
-WILD = st.lists(st.one_of(st.binary(max_size=30), JSON.map(lambda value: b"data: " + json.dumps(value).encode() + b"\n\n"), FRAMES), max_size=5)
+WILD = st.lists(
+    st.one_of(st.binary(max_size=30), JSON.map(lambda value: b"data: " + json.dumps(value).encode() + b"\n\n"), FRAMES),
+    max_size=5,
+)
 
 
 @given(WILD.map(b"".join), st.lists(st.integers(0, 5000), max_size=10))

@@ -3,9 +3,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.reference_decoders import sse_events
 
 from deltafan_worker._sse import SseDecoder, SseEvent, SseLimitExceeded
+from support.reference_decoders import sse_events
 
 
 def decode(*pieces: bytes, limit_bytes: int = 1 << 20) -> list[SseEvent]:
@@ -54,7 +54,9 @@ def test_data_lines_are_joined() -> None:
     assert datas(b"data: a\ndata:\ndata: b\n\n") == [b"a\n\nb"]
 
 
-@pytest.mark.parametrize("block", [b": ping\n\n", b"data:\n\n", b"event: ping\n\n", b"retry: 100\n\n", b"id: 7\n\n", b"\n"])
+@pytest.mark.parametrize(
+    "block", [b": ping\n\n", b"data:\n\n", b"event: ping\n\n", b"retry: 100\n\n", b"id: 7\n\n", b"\n"]
+)
 def test_keep_alives_deliver_nothing(block: bytes) -> None:
     assert datas(b"id: 1\ndata: a\n\n" + block + block + b"data: b\n\n") == [b"a", b"b"]
 
@@ -102,7 +104,21 @@ def test_a_long_line_in_small_pieces_takes_linear_work() -> None:
 
 
 LINES = st.sampled_from(
-    [b"data: a", b"data:b", b"data", b"data:", b": c", b"event: e", b"id: 1", b"id", b"retry: 9", b"", b"", b"data: \xc3\xa9", b"x: y"]
+    [
+        b"data: a",
+        b"data:b",
+        b"data",
+        b"data:",
+        b": c",
+        b"event: e",
+        b"id: 1",
+        b"id",
+        b"retry: 9",
+        b"",
+        b"",
+        b"data: \xc3\xa9",
+        b"x: y",
+    ]
 )
 STREAMS = st.tuples(
     st.sampled_from([b"", b"\xef\xbb\xbf"]),

@@ -1,5 +1,7 @@
-"""Hears that a job's cancellation was requested. The request itself is in the job's state; this only saves waiting
-for the heartbeat that would find it."""
+"""Hears that a job's cancellation was requested.
+
+The request itself is in the job's state; this only saves waiting for the heartbeat that would find it.
+"""
 
 import asyncio
 import logging

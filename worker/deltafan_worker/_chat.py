@@ -145,7 +145,9 @@ class ChatDecoder:
             if isinstance(fragment, dict) and (merged := self._tool_calls.take(fragment)) is not None:
                 self._said_something = True
                 index, id_, name, arguments = merged
-                self._deltas.append(Delta(TOOL_CALL, tool_call_data(index, id=id_, name=name, arguments=arguments)))
+                self._deltas.append(
+                    Delta(TOOL_CALL, tool_call_data(index, call_id=id_, name=name, arguments=arguments))
+                )
 
     def _emit(self, kind: str, value: Any) -> None:
         text = value if isinstance(value, str) else _text(value)
@@ -186,7 +188,7 @@ def _parse(data: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         chunk = _parse_leniently(data)
     if not isinstance(chunk, dict):
-        raise ValueError("not an object")  # noqa: TRY004  one error for all that is no frame
+        raise ValueError("not an object")
     return chunk
 
 

@@ -266,7 +266,7 @@ class LeasedWorker(Worker):
         result_timeout_s: float | None,
         keep_result_forever: bool,  # noqa: FBT001
         incr_score: int | None,
-        keep_in_progress: float | None,
+        keep_in_progress: float | None,  # noqa: ARG002  for arq's cron jobs
     ) -> None:
         """Called by arq when a job's function has ended: tell the queue, through any outage."""
         claim = self.claims[job_id]

@@ -65,7 +65,7 @@ class AttemptLog:
         return merge_tool_calls(event.tool_call for event in self.events(0) if event.type == TOOL_CALL)
 
     def commands(self, head: bytes, attempt: int, first: int) -> list[bytes]:
-        """The XADD commands that append entries `first` … to a stream, in the wire format; `head` is its append_head."""
+        """The XADD commands that append entries `first` … to a stream, packed; `head` is the stream's append_head."""
         ends, codes = self._ends, self._codes
         offset = start = ends[first - 1] if first else 0
         data = bytes(memoryview(self._data)[start:])
@@ -74,7 +74,10 @@ class AttemptLog:
             end = ends[index]
             entry_id = b"%d-%d" % (attempt, index + 1)
             text = data[start - offset : end - offset]
-            commands.append(b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n" % (head, len(entry_id), entry_id, _MIDDLES[codes[index]], len(text), text))
+            commands.append(
+                b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n"
+                % (head, len(entry_id), entry_id, _MIDDLES[codes[index]], len(text), text)
+            )
             start = end
         return commands
 

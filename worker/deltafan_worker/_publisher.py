@@ -12,7 +12,17 @@ from collections.abc import Sequence
 from deltafan._errors import RedisUnavailable
 from deltafan._keys import Keys
 from deltafan._lua import Script
-from deltafan._resp import Argument, ConnectionLost, Handler, Reply, RespConnection, ServerError, ignore, open_connection, pack
+from deltafan._resp import (
+    Argument,
+    ConnectionLost,
+    Handler,
+    Reply,
+    RespConnection,
+    ServerError,
+    ignore,
+    open_connection,
+    pack,
+)
 from deltafan._url import masked_url
 from deltafan_worker._interrupt import Reason
 from deltafan_worker._writer import StreamWriter
@@ -198,4 +208,3 @@ class Publisher:
         self._unanswered -= 1
         if self._unanswered == 0 and self._waiting:
             self._flush_waiting()
-

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from deltafan_config import Catalogue, Settings
 from deltafan_config import Route as ConfiguredRoute
-
 from deltafan_worker._route import Route, Timeouts
 
 _ENDPOINTS = {"chat": "/chat/completions"}

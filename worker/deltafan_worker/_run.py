@@ -90,7 +90,7 @@ class JobRunner:
         return {"job_id": job.id, "status": claim.status}
 
     async def end_unrun(self, claim: Claim, outcome: Any) -> None:
-        """Write the terminal entry of a job that arq ends without calling us: expired, aborted while it waited …"""
+        """Write the terminal entry of a job that arq ends without calling us: expired, or aborted while it waited."""
         if isinstance(outcome, asyncio.CancelledError):
             ending = Ending.cancelled("aborted")
         else:
@@ -114,7 +114,7 @@ class JobRunner:
         """Run attempts until one ends the job, or it is another's."""
         limits = RunLimits(self._max_attempts, job.request.on_interrupt if job.request else "restart")
         meter, note = self._meter(job), b""
-        verdict = await writer.begin(self._call(job, meter), limits)
+        verdict = await writer.begin(self._call(meter), limits)
         while isinstance(verdict, Begun):
             ending = await self._generate(job, writer, meter)
             if ending is None:
@@ -123,7 +123,7 @@ class JobRunner:
             if self._may_restart(job, writer, ending):
                 note = _note(meter, writer, "interrupted")
                 meter = self._meter(job)
-                verdict = await writer.begin(self._call(job, meter), limits, previous_note=note)
+                verdict = await writer.begin(self._call(meter), limits, previous_note=note)
             else:
                 verdict = await writer.finish(partial(_seal, ending, writer, meter))
         self._settle(claim, verdict, writer, meter)
@@ -221,7 +221,7 @@ class JobRunner:
             route=job.routes[0],
         )
 
-    def _call(self, job: _Job, meter: CallMeter | None) -> Call:
+    def _call(self, meter: CallMeter | None) -> Call:
         started: dict[str, Any] = {"worker": self._worker}
         if meter is None:
             return Call("", members(started), "")

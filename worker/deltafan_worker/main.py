@@ -13,19 +13,19 @@ import orjson
 import uvloop
 from arq.connections import ArqRedis
 from arq.worker import func
-from deltafan_config import Catalogue, Settings
 from redis.asyncio import BlockingConnectionPool
 from redis.exceptions import RedisError
 
 from deltafan._keys import FUNCTION, LANES, Keys
 from deltafan._url import masked_url
+from deltafan_config import Catalogue, Settings
 from deltafan_worker._cancels import listen_for_cancels
 from deltafan_worker._leased import BEAT_S, LeasedWorker
 from deltafan_worker._publisher import Publisher
 from deltafan_worker._router import Router
 from deltafan_worker._run import JobRunner
-from deltafan_worker.serialization import deserialize, serialize
 from deltafan_worker._signals import on_stop_signals
+from deltafan_worker.serialization import deserialize, serialize
 
 log = logging.getLogger("deltafan.worker")
 

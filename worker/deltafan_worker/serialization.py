@@ -14,7 +14,7 @@ _ERROR = "$error"
 
 
 def serialize(data: dict[str, Any]) -> bytes:
-    """Give this to arq as `job_serializer`. The record of a result leaves the job's arguments, hence the prompt, out."""
+    """Give this to arq as `job_serializer`. A result's record leaves the job's arguments out, hence the prompt."""
     if "r" in data:
         data = {**data, "a": [], "k": {}}
     return orjson.dumps(data, default=_encode)
@@ -28,7 +28,7 @@ def deserialize(data: bytes) -> dict[str, Any]:
     """
     fields = orjson.loads(data)
     if not isinstance(fields, dict):
-        raise ValueError("an arq record is a JSON object")  # noqa: TRY004  arq turns any error into its own
+        raise ValueError("an arq record is a JSON object")
     if "k" in fields:
         fields["k"] = {name: _quiet(value) for name, value in fields["k"].items()}
     result = fields.get("r")
