@@ -11,7 +11,7 @@ from redis.asyncio import BlockingConnectionPool
 
 from deltafan import Consumer, Producer
 from deltafan._keys import Keys
-from deltafan_worker._leased import LeasedWorker
+from deltafan_worker._leased import LeasedWorker, WorkerOptions
 from deltafan_worker.serialization import deserialize, serialize
 from measure import Bench, Report, cpu_s, worker
 
@@ -69,9 +69,8 @@ def _pool(url: str) -> ArqRedis:
 
 
 def _our_worker(hold: Any, pool: ArqRedis, keys: Keys) -> LeasedWorker:
-    return LeasedWorker(
-        [func(hold, name="hold")], name="w", pool=pool, keys=keys, queues=[keys.queue("interactive")], concurrency=SLOTS
-    )
+    options = WorkerOptions(name="w", queues=[keys.queue("interactive")], concurrency=SLOTS)
+    return LeasedWorker([func(hold, name="hold")], options, pool=pool, keys=keys)
 
 
 def _stock_worker(hold: Any, pool: ArqRedis, queue: str) -> Worker:

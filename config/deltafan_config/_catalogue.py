@@ -1,23 +1,39 @@
 """The model catalogue: which provider serves which model, at what price."""
 
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails
 
 from deltafan._errors import DeltafanError
 
 Api = Literal["chat"]
+Seconds = Annotated[float, Field(gt=0)]
 PerMillion = Annotated[float, Field(ge=0)]
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 
 
 class CatalogueError(DeltafanError):
-    """The catalogue file can not be used."""
+    """The catalogue file can not be used; the message has one line for each reason."""
 
     code = "catalogue_error"
 
@@ -27,24 +43,41 @@ class UnknownModel(DeltafanError):
 
     code = "unknown_model"
 
+    def __init__(self, model: str, near: Iterable[str]) -> None:
+        self.model = model
+        names = " or ".join(near)
+        hint = f"did you mean {names}?" if names else "`deltafan models` lists what there is."
+        super().__init__(
+            f"model {model[:128]!r} is not in the catalogue; {hint} Any other is addressed as provider/model."
+        )
+
 
 class MissingKey(DeltafanError):
     """A provider's key is not in the environment."""
 
     code = "missing_key"
 
+    def __init__(self, provider: str, variable: str) -> None:
+        self.provider = provider
+        self.variable = variable
+        super().__init__(f"provider {provider} needs a key: set {variable} in the worker's environment")
+
 
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    """A table of the file. Strict, since TOML has types: `input = true` is no price."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True, populate_by_name=True
+    )
 
 
 class TimeoutOverrides(_Table):
     """Limits in seconds; what is left out is as in the settings."""
 
-    connect_s: Annotated[float, Field(gt=0)] | None = None
-    first_delta_s: Annotated[float, Field(gt=0)] | None = None
-    silence_s: Annotated[float, Field(gt=0)] | None = None
-    total_s: Annotated[float, Field(gt=0)] | None = None
+    connect_s: Seconds | None = None
+    first_delta_s: Seconds | None = None
+    silence_s: Seconds | None = None
+    total_s: Seconds | None = None
 
     def over(self, other: Self) -> Self:
         """Both together; this one wins."""
@@ -55,6 +88,7 @@ class Price(_Table):
     """Per million tokens. A kind of token without its own price costs what the input or output costs it is part of."""
 
     currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")]
+    """ISO 4217, such as USD or CNY."""
     input: PerMillion
     output: PerMillion
     cached_input: PerMillion | None = None
@@ -63,20 +97,35 @@ class Price(_Table):
 
 
 def _base_url(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
-        raise ValueError("must start with http:// or https://")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be a http:// or https:// URL")
+    if "@" in parts.netloc:
+        raise ValueError("must not hold credentials; name the key's variable with api_key_env")
+    if parts.query or parts.fragment:
+        raise ValueError("must end with its path: the endpoint's name is appended to it")
     return url.rstrip("/")
+
+
+def _key_variable(name: str) -> str:
+    # A key that was pasted here would end up in messages, so what does not look like a variable is refused unseen.
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+        raise ValueError("must be the name of a variable, in capitals, not the key itself")
+    return name
 
 
 class Provider(_Table):
     """An upstream account."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    """The table's own name; without a slash, because the first one ends it in `provider/model`."""
     base_url: Annotated[str, AfterValidator(_base_url)]
+    """Without the endpoint's name and the slash before it."""
     api: Api = "chat"
-    api_key_env: str | None = None
+    api_key_env: Annotated[str, AfterValidator(_key_variable)] | None = None
     """Name of the variable that holds the key; None: no key is sent."""
     headers: Mapping[str, str] = Field(default_factory=dict, repr=False)
+    """Sent with every request."""
     timeouts: TimeoutOverrides = TimeoutOverrides()
 
     def api_key(self, env: Mapping[str, str]) -> SecretStr | None:
@@ -88,27 +137,35 @@ class Provider(_Table):
         if self.api_key_env is None:
             return None
         if not (key := env.get(self.api_key_env, "").strip()):
-            raise MissingKey(f"provider {self.name} needs a key: set {self.api_key_env} in the worker's environment")
+            raise MissingKey(self.name, self.api_key_env)
         return SecretStr(key)
+
+
+def _as_tuple(value: object) -> object:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Model(_Table):
     """A model and who serves it."""
 
-    name: str
-    provider: str | tuple[str, ...]
-    """One provider or several, tried in order."""
-    upstream_name: str | None = None
-    """What the provider calls it; None: the same."""
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    """The table's own name, which requests ask for."""
+    providers: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = Field(alias="provider")
+    """`provider` in the file, one name or a list: tried in order."""
+    upstream_name: Annotated[str, Field(min_length=1)] | None = None
+    """What the providers call it; None: the same."""
     price: Price | None = None
+    """None: usage records tell tokens, but no cost."""
+    max_output_tokens: PositiveInt | None = None
+    """For information: the provider enforces it, deltafan does not."""
+    context_tokens: PositiveInt | None = None
+    """For information as well: input and output together."""
     defaults: Mapping[str, Any] = Field(default_factory=dict)
     """Goes under the request's body."""
     timeouts: TimeoutOverrides = TimeoutOverrides()
-
-    @property
-    def providers(self) -> tuple[str, ...]:
-        """Always a tuple."""
-        return (self.provider,) if isinstance(self.provider, str) else self.provider
+    """Over the provider's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,11 +180,21 @@ class Route:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _name_entries(tables: object) -> object:
+    """Each entry with the name of its table put into it."""
+    if not isinstance(tables, Mapping):
+        return tables
+    for name, entry in tables.items():
+        if isinstance(entry, Mapping) and "name" in entry:
+            raise ValueError(f"{_key(name)} is its own name already; `upstream_name` of a model is what providers get")
+    return {name: {**entry, "name": name} if isinstance(entry, Mapping) else entry for name, entry in tables.items()}
+
+
 class Catalogue(_Table):
     """All providers and models, by name."""
 
-    providers: Mapping[str, Provider]
-    models: Mapping[str, Model] = Field(default_factory=dict)
+    providers: Annotated[Mapping[str, Provider], BeforeValidator(_name_entries)]
+    models: Annotated[Mapping[str, Model], BeforeValidator(_name_entries)] = Field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path | None = None) -> Self:
@@ -138,76 +205,66 @@ class Catalogue(_Table):
         """
         source = path or shipped()
         try:
-            data = tomllib.loads(source.read_text(encoding="utf-8"))
+            return cls.model_validate(tomllib.loads(source.read_text(encoding="utf-8")))
         except OSError as error:
-            raise CatalogueError(
-                f"{source}: can not be read ({error.strerror}); set DELTAFAN_MODELS to a catalogue"
-            ) from None
+            why = f"can not be read ({error.strerror}); set DELTAFAN_MODELS to a catalogue"
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise CatalogueError(f"{source}: is not TOML: {error}") from None
-        try:
-            catalogue = cls.model_validate(_named(data))
+            why = f"is not TOML: {error}"
         except ValidationError as error:
-            raise CatalogueError("\n".join(f"{source}: {_complaint(detail)}" for detail in error.errors())) from None
-        catalogue.check_references(source)
-        return catalogue
+            why = "\n".join(_complaint(detail) for detail in error.errors())
+        raise CatalogueError("\n".join(f"{source}: {line}" for line in why.splitlines()))
+
+    @field_validator("models")
+    @classmethod
+    def _know_their_providers(cls, models: Mapping[str, Model], info: ValidationInfo) -> Mapping[str, Model]:
+        providers = info.data.get("providers")
+        if providers is None:  # they are refused themselves
+            return models
+        missing = [(model, name) for model in models.values() for name in model.providers if name not in providers]
+        if missing:
+            raise ValueError(
+                "\n".join(
+                    f"{_key(model.name)} provider: there is no {name!r}; {_hint(name, providers)}"
+                    for model, name in missing
+                )
+            )
+        return models
 
     def resolve(self, model: str) -> tuple[Route, ...]:
         """The ways to a model, in the order to try them. `provider/model` leads to one that is not listed.
+
+        A listed model goes first, so its name may contain slashes; so may the part after the provider.
 
         Raises:
             UnknownModel: neither a listed model nor `provider/model` with a provider that is.
         """
         if (entry := self.models.get(model)) is not None:
-            return tuple(self._route(self.providers[name], entry) for name in entry.providers)
-        name, slash, rest = model.partition("/")
-        if slash and rest and name in self.providers:
+            return tuple(_route(self.providers[name], entry) for name in entry.providers)
+        name, _, rest = model.partition("/")
+        if rest and name in self.providers:
             provider = self.providers[name]
             return (Route(provider=provider, model=rest, timeouts=provider.timeouts),)
-        near = get_close_matches(model, self.models, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`deltafan models` lists what there is"
-        raise UnknownModel(f"model {model[:128]!r} is not in the catalogue; {hint} Or address it as provider/model.")
+        unlisted = [f"{provider}/{rest}" for provider in self.providers] if rest else []
+        raise UnknownModel(model, get_close_matches(model, [*self.models, *unlisted], n=3))
 
-    def _route(self, provider: Provider, model: Model) -> Route:
-        return Route(
-            provider=provider,
-            model=model.upstream_name or model.name,
-            price=model.price,
-            timeouts=model.timeouts.over(provider.timeouts),
-            defaults=model.defaults,
-        )
 
-    def check_references(self, source: object) -> None:
-        """Raise CatalogueError when a model names a provider that is not there."""
-        for model in self.models.values():
-            for name in model.providers:
-                if name not in self.providers:
-                    near = get_close_matches(name, self.providers, n=1)
-                    hint = f"; did you mean {near[0]}?" if near else ""
-                    raise CatalogueError(f"{source}: models.{model.name}: no provider is called {name!r}{hint}")
+def _route(provider: Provider, model: Model) -> Route:
+    return Route(
+        provider=provider,
+        model=model.upstream_name or model.name,
+        price=model.price,
+        timeouts=model.timeouts.over(provider.timeouts),
+        defaults=model.defaults,
+    )
 
 
 def shipped() -> Path:
     """The catalogue inside the installed package or, in a checkout, the file beside it that it is made from."""
-    inside = Path(str(files("deltafan_config"))) / "models.toml"
-    return inside if inside.exists() else inside.parent.parent / "models.toml"
+    inside = Path(__file__).with_name("models.toml")
+    return inside if inside.exists() else inside.parents[1] / inside.name
 
 
-def _named(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's tables with each entry's own name put into it."""
-    tables = dict(data)
-    for kind in ("providers", "models"):
-        entries = tables.get(kind)
-        if isinstance(entries, Mapping):
-            tables[kind] = {
-                name: {**entry, "name": name} if isinstance(entry, Mapping) else entry
-                for name, entry in entries.items()
-            }
-    return tables
-
-
-def _complaint(detail: Any) -> str:
-    where = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"{where}: is not known here"
-    return f"{where}: {str(detail['msg']).removeprefix('Value error, ')}"
+def _complaint(detail: ErrorDetails) -> str:
+    *tables, last = detail["loc"]
+    where = f"[{'.'.join(_key(table) for table in tables)}] {_key(last)}"
+    return "..."

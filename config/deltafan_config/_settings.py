@@ -3,20 +3,23 @@
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
 
 from deltafan._errors import DeltafanError
+from deltafan._request import MAX_BODY_BYTES
 from deltafan._retention import Retention
 from deltafan._url import masked_url
 
 PREFIX = "DELTAFAN_"
 _SCHEMES = ("redis://", "rediss://", "unix://")
+_URLS = ("redis_url", "streams_url")
 
 
 class SettingsError(DeltafanError):
-    """The environment holds settings that can not be used; the message names all of them."""
+    """The environment holds settings that can not be used; the message has one line for each of them."""
 
     code = "settings_error"
 
@@ -28,97 +31,119 @@ def _redis_url(url: str) -> str:
 
 
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
-Seconds = Annotated[float, Field(gt=0, le=7 * 86_400)]
+Timeout = Annotated[float, Field(gt=0, le=86_400)]
+"""Seconds, up to a day: what is longer was most likely meant in ms."""
+Lifetime = Annotated[float, Field(ge=0.001, le=30 * 86_400)]
+"""Seconds, from the ms that Redis counts in up to the 30 days that a single job may ask for."""
 
 
 class Settings(BaseModel):
-    """Everything an operator can set. The environment's name of a field is DELTAFAN_ and its name in capitals."""
+    """Everything an operator can set. The variable of a field is DELTAFAN_ and its name in capitals.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Passwords in URLs are masked in `repr` and `str`; the fields themselves hold them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
 
     redis_url: RedisUrl = "redis://localhost:6379/0"
-    """The server of the queue and the ledger; one primary, not a cluster, because arq is none."""
+    """The server of the queue and the ledger; one primary, not a cluster, because arq is made for one."""
     streams_url: RedisUrl = ""
-    """The server of the jobs' streams; unset: the same."""
+    """The server of the jobs' streams. Unset: redis_url, which also saves a round trip per submit."""
     prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = "deltafan"
     """Begins every key of ours, so that several fleets can share a server. arq's own keys have no prefix."""
     models: Path | None = None
-    """The model catalogue; unset: the one that is shipped."""
-    processes: Annotated[int, Field(ge=1, le=256)] = 1
-    """Worker processes that `deltafan worker` starts; one saturates one core."""
+    """The model catalogue's file. Unset: the one that is shipped."""
     concurrency: Annotated[int, Field(ge=1, le=10_000)] = 100
-    """Generations at once in each worker process."""
+    """Generations at once in each worker process. They mostly wait, so raise it until the core or a provider's rate
+    limit is full; the fleet's capacity is this times all processes."""
+    processes: Annotated[int, Field(ge=1, le=256)] = 1
+    """Worker processes that `deltafan worker` starts; each can fill one core, so at most the machine's cores."""
     lease_s: Annotated[float, Field(ge=2, le=300)] = 10.0
-    """How long after a worker's death its jobs run again. Must exceed the longest stall of an event loop."""
+    """How long after a worker's death its jobs run again. Renewed at least three times in that span, so two renewals
+    may be lost. Shorter than a stall of the event loop or a failover, it lets living workers lose their jobs."""
     drain_timeout_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0
-    """How long a stopping worker lets its jobs end before it hands them over. Keep the supervisor's own limit above."""
+    """How long a stopping worker lets its jobs end before it hands them over; 0: at once. The supervisor must wait
+    longer before it kills: docker stop waits 10 s and Kubernetes 30 s unless told otherwise."""
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
-    """Model runs per job, over all workers."""
+    """Model runs per job, over all workers; each can cost money. Replays of an answer are not counted."""
+    stream_ttl_s: Lifetime = 3600.0
+    """How long a stream can be replayed after the job's end; at most result_ttl_s. It takes 4.3 KB of the server at
+    least, the result much less."""
+    result_ttl_s: Lifetime = 86_400.0
+    """How long the result is kept after the job's end; at least stream_ttl_s."""
+    queue_ttl_s: Lifetime = 86_400.0
+    """How long a job may wait and run, from its submit; a day is arq's own limit. Keep it above total_timeout_s."""
+    connect_timeout_s: Timeout = 10.0
+    """Until a provider accepts the connection, TLS included. A provider or model may override all four timeouts."""
+    first_delta_timeout_s: Timeout = 300.0
+    """From the request to the first data frame. Long, since reasoning models queue and think before they speak:
+    DeepSeek holds a request for up to 600 s before it starts."""
+    silence_timeout_s: Timeout = 120.0
+    """Between data frames after that. Keep-alive comments do not count: DashScope has sent them for 15 minutes on a
+    request that never answered."""
+    total_timeout_s: Timeout = 3600.0
+    """For a whole model call; it ends what the other timeouts would still allow."""
     max_retries: Annotated[int, Field(ge=0, le=20)] = 3
-    """Further tries of one provider before the first delta, within a run."""
-    stream_ttl_s: Seconds = 3600.0
-    """How long a stream can be replayed after the job's end; at most result_ttl_s. A stream takes 4.3 KB at least."""
-    result_ttl_s: Seconds = 86_400.0
-    """How long the result is kept after the job's end."""
-    queue_ttl_s: Seconds = 86_400.0
-    """How long a job may wait and run; arq's own limit by default."""
-    connect_timeout_s: Seconds = 10.0
-    first_delta_timeout_s: Seconds = 300.0
-    """From request to first data frame: long, since reasoning models queue and think before they speak."""
-    silence_timeout_s: Seconds = 120.0
-    """Between data frames after that; keep-alive comments do not count."""
-    total_timeout_s: Seconds = 3600.0
-    """For a whole model call."""
+    """Further tries of one provider before the first delta, within one run; 0: none. Then comes the next provider."""
     replicas: Annotated[int, Field(ge=0, le=16)] = 0
-    """Replicas that must have the end of a job before the queue is told; 0 where there are none."""
+    """Replicas that must have a submit or a cancel before it is acknowledged, and a job's end before the queue is told
+    (WAIT); 0: none. Never detected, since a replica that is down must not lower the promise."""
     replicas_timeout_ms: Annotated[int, Field(ge=1, le=60_000)] = 500
+    """How long a worker waits for them; after that it warns and goes on. Without effect while replicas is 0."""
     ledger_max_records: Annotated[int, Field(ge=1000)] = 1_000_000
-    """The usage ledger keeps about this many records; read it out before it turns over."""
-    max_body_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
-    """The largest request body that `submit` accepts; images travel inside it."""
+    """The usage ledger keeps about this many records and drops the oldest; read it out before it turns over."""
+    max_body_bytes: Annotated[int, Field(ge=1024)] = MAX_BODY_BYTES
+    """The largest request body that a submit accepts. Images travel inside it as base64, hence MiBs."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe message that is logged."""
     log_format: Literal["text", "json"] = "text"
+    """Lines for people, or one JSON object a line for machines."""
 
-    @model_validator(mode="before")
+    @field_validator("streams_url", mode="before")
     @classmethod
-    def _default_streams_url(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("streams_url"):
-            return {**data, "streams_url": data.get("redis_url", cls.model_fields["redis_url"].default)}
-        return data
+    def _default_to_redis_url(cls, url: object, info: ValidationInfo) -> object:
+        # A refused redis_url is not among the data; then any good URL will do, as one complaint is enough.
+        return url or info.data.get("redis_url", cls.model_fields["redis_url"].default)
 
-    @model_validator(mode="after")
-    def _check_lifetimes(self) -> Self:
-        if self.stream_ttl_s > self.result_ttl_s:
-            raise ValueError(
-                f"stream_ttl_s ({self.stream_ttl_s:g}) must not exceed result_ttl_s ({self.result_ttl_s:g})"
-            )
-        return self
+    @field_validator("result_ttl_s")
+    @classmethod
+    def _outlive_the_stream(cls, result_ttl_s: float, info: ValidationInfo) -> float:
+        stream_ttl_s = info.data.get("stream_ttl_s", 0.0)
+        if result_ttl_s < stream_ttl_s:
+            raise ValueError(f"must be at least {_variable('stream_ttl_s')}, which is {stream_ttl_s:g}")
+        return result_ttl_s
 
     @property
     def retention(self) -> Retention:
-        """The three lifetimes as the library takes them."""
+        """The lifetimes as the library takes them."""
         return Retention(
-            stream_ms=int(self.stream_ttl_s * 1000),
-            result_ms=int(self.result_ttl_s * 1000),
-            queue_ms=int(self.queue_ttl_s * 1000),
+            stream_ms=round(self.stream_ttl_s * 1000),
+            result_ms=round(self.result_ttl_s * 1000),
+            queue_ms=round(self.queue_ttl_s * 1000),
         )
+
+    @property
+    def state_ttl_s(self) -> float:
+        """How long a job's state is kept after its end: an hour longer than anything that refers to it."""
+        return self.retention.state_ms / 1000
 
     def __repr_args__(self) -> Any:
         for name, value in super().__repr_args__():
-            yield name, masked_url(value) if name in ("redis_url", "streams_url") else value
+            yield name, masked_url(value) if name in _URLS else value
 
     __str__ = BaseModel.__repr__
 
 
 def load_settings(env: Mapping[str, str]) -> Settings:
-    """Read the `DELTAFAN_*` variables of `env`.
+    """Read the `DELTAFAN_*` variables of `env`. Blanks around a value are ignored; an empty one counts as not set.
 
     Raises:
-        SettingsError: one of them is unknown or has a value that can not be used.
+        SettingsError: at least one is unknown or has a value that can not be used; all of them are named.
     """
-    given = {name.removeprefix(PREFIX).lower(): value for name, value in env.items() if name.startswith(PREFIX)}
-    complaints = [_unknown(name) for name in sorted(given.keys() - Settings.model_fields.keys())]
-    known = {name: value for name, value in given.items() if name in Settings.model_fields}
+    fields = {_variable(field): field for field in Settings.model_fields}
+    given = {name: value.strip() for name, value in env.items() if name.startswith(PREFIX)}
+    complaints = [_unknown(name) for name in sorted(given.keys() - fields.keys())]
+    known = {fields[name]: value for name, value in given.items() if name in fields and value}
     try:
         settings = Settings.model_validate(known)
     except ValidationError as error:
@@ -128,17 +153,23 @@ def load_settings(env: Mapping[str, str]) -> Settings:
     return settings
 
 
+def _variable(field: str) -> str:
+    return PREFIX + field.upper()
+
+
 def _unknown(name: str) -> str:
-    near = get_close_matches(name, Settings.model_fields, n=1)
-    hint = f"did you mean {PREFIX}{near[0].upper()}?" if near else "`deltafan worker --help` lists what there is"
-    return f"{PREFIX}{name.upper()} is not a setting; {hint}"
+    near = get_close_matches(name.removeprefix(PREFIX).lower(), Settings.model_fields, n=1)
+    if near:
+        return f"{name} is not a setting; did you mean {_variable(near[0])}?"
+    return f"{name} is not a setting; there are {', '.join(sorted(map(_variable, Settings.model_fields)))}"
 
 
-def _complaint(detail: Any, given: Mapping[str, str]) -> str:
-    why = str(detail["msg"]).removeprefix("Value error, ")
-    if not detail["loc"]:
-        return why
+def _complaint(detail: ErrorDetails, given: Mapping[str, str]) -> str:
     name = str(detail["loc"][0])
-    value = given.get(name, "")
-    shown = masked_url(value) if name.endswith("_url") else value
-    return f"{PREFIX}{name.upper()}={shown}: {why[:1].lower() + why[1:]}"
+    value = given.get(name)
+    if value is None:
+        shown = f" is not set, so it is {detail['input']}"
+    else:
+        shown = f"={masked_url(value) if name in _URLS else value!r}"
+    why = detail["msg"].removeprefix("Value error, ")
+    return f"{_variable(name)}{shown}: {why[:1].lower()}{why[1:]}"

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 from uuid import uuid4
 
@@ -50,34 +50,42 @@ _CLAIM, _BEAT, _CLOSE, _RELEASE = (
 )
 
 
-class LeasedWorker(Worker):
-    """Runs arq jobs under leases, from several queues in the order given.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """How a worker works."""
 
-    A job's function finds its Claim in `ctx["claims"][ctx["job_id"]]`.
-    """
+    name: str
+    """Shown to people: in `started` events, usage records and presence keys."""
+    queues: Sequence[str]
+    """Served in this order."""
+    concurrency: int = 100
+    lease_s: float = 10.0
+    drain_timeout_s: float = 30.0
+    burst: bool = False
+    """Stop when nothing is due."""
+    ledger_max_records: int = 1_000_000
+    billed_ttl_ms: int = 26 * 3_600_000
+    """How long the ledger remembers which calls of a job it has; at least as long as the job's state lives."""
+
+
+class LeasedWorker(Worker):
+    """Runs arq jobs under leases. A job's function finds its Claim in `ctx["claims"][ctx["job_id"]]`."""
 
     def __init__(
         self,
         functions: Sequence[Function],
+        options: WorkerOptions,
         *,
-        name: str,
         pool: ArqRedis,
         keys: Keys,
-        queues: Sequence[str],
-        lease_s: float = 10.0,
-        concurrency: int = 100,
-        drain_timeout_s: float = 30.0,
-        ledger_max_records: int = 1_000_000,
-        billed_ttl_ms: int = 26 * 3_600_000,
-        burst: bool = False,
         on_unrun: OnUnrun | None = None,
     ) -> None:
         super().__init__(
             functions,
             redis_pool=pool,
-            queue_name=queues[0],
-            max_jobs=concurrency,
-            burst=burst,
+            queue_name=options.queues[0],
+            max_jobs=options.concurrency,
+            burst=options.burst,
             # The lease bounds a run and `begin` counts the runs: arq's own limits stay out of the way.
             job_timeout=_FOREVER_S,
             max_tries=_ENDLESS_TRIES,
@@ -86,16 +94,14 @@ class LeasedWorker(Worker):
             job_serializer=serialize,
             job_deserializer=deserialize,
         )
-        self.name = name
+        self.name = options.name
         self.process = uuid4().hex[:12]
         self.claims: dict[str, Claim] = {}
         self.ctx["claims"] = self.claims
+        self._options = options
+        self._queues = tuple(options.queues)
+        self._lease_ms = int(options.lease_s * 1000)
         self._keys = keys
-        self._queues = tuple(queues)
-        self._doorbells = [keys.doorbell(queue) for queue in queues]
-        self._lease_ms = int(lease_s * 1000)
-        self._drain_timeout_s = drain_timeout_s
-        self._ledger = (billed_ttl_ms, ledger_max_records)
         self._on_unrun = on_unrun
         self._lease_lock = asyncio.Lock()
         self._slot_freed = asyncio.Event()
@@ -180,7 +186,8 @@ class LeasedWorker(Worker):
         self._slot_freed.clear()
         waits: list[Awaitable[Any]] = [self._draining.wait()]
         if may_claim and not self.burst:
-            waits.append(cast(Awaitable[Any], self.pool.blpop(self._doorbells, max(self._due_in_s, 0.01))))  # type: ignore[arg-type]
+            doorbells = [self._keys.doorbell(queue) for queue in self._queues]
+            waits.append(cast(Awaitable[Any], self.pool.blpop(doorbells, max(self._due_in_s, 0.01))))  # type: ignore[arg-type]
         else:
             waits.append(self._slot_freed.wait())
         tasks = [asyncio.ensure_future(wait) for wait in waits]
@@ -244,8 +251,9 @@ class LeasedWorker(Worker):
     async def _finish_running(self) -> None:
         """Let the running jobs end, for a while; then hand over the rest."""
         if self.tasks and self._draining.is_set() and not self._hurry.is_set():
-            log.info("draining: waiting up to %g s for %d running jobs", self._drain_timeout_s, len(self.tasks))
-            async with background(_set_after(self._hurry, self._drain_timeout_s), "deltafan-drain"):
+            timeout_s = self._options.drain_timeout_s
+            log.info("draining: waiting up to %g s for %d running jobs", timeout_s, len(self.tasks))
+            async with background(_set_after(self._hurry, timeout_s), "deltafan-drain"):
                 hurry = asyncio.ensure_future(self._hurry.wait())
                 while self.tasks and not hurry.done():
                     await asyncio.wait([*self.tasks.values(), hurry], return_when=asyncio.FIRST_COMPLETED)
@@ -289,7 +297,8 @@ class LeasedWorker(Worker):
     async def _close(self, claim: Claim, result: bytes | None, ttl_ms: int) -> None:
         keys = (claim.queue, self._keys.usage, self._keys.billed(claim.job_id))
         notes = [part for note in claim.notes for part in note]
-        args = (claim.token, claim.job_id, result or b"", ttl_ms, *self._ledger, *notes)
+        ledger = (self._options.billed_ttl_ms, self._options.ledger_max_records)
+        args = (claim.token, claim.job_id, result or b"", ttl_ms, *ledger, *notes)
         if not await self._insist(_CLOSE, keys, args):
             log.info("job %s: ended, but its lease is another's; leaving the queue as it is", claim.job_id)
 

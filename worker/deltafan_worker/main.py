@@ -20,7 +20,7 @@ from deltafan._keys import FUNCTION, LANES, Keys
 from deltafan._url import masked_url
 from deltafan_config import Catalogue, Settings
 from deltafan_worker._cancels import listen_for_cancels
-from deltafan_worker._leased import BEAT_S, LeasedWorker
+from deltafan_worker._leased import BEAT_S, LeasedWorker, WorkerOptions
 from deltafan_worker._publisher import Publisher
 from deltafan_worker._router import Router
 from deltafan_worker._run import JobRunner
@@ -57,6 +57,7 @@ async def open_worker(
 ) -> AsyncIterator[LeasedWorker]:
     """A worker with all that it needs; `await worker.main()` runs it, `worker.drain()` ends that."""
     keys = Keys(settings.prefix)
+    options = _options(settings, keys, burst=burst)
     publisher = Publisher(
         settings.streams_url,
         keys,
@@ -65,30 +66,17 @@ async def open_worker(
         replicas_timeout_ms=settings.replicas_timeout_ms,
     )
     async with _queue_pool(settings) as pool, _http_session() as session:
-        name = f"{socket.gethostname()}:{os.getpid()}"
         runner = JobRunner(
             publisher=publisher,
             session=session,
             resolve=Router(Catalogue.load(settings.models), settings, env),
             retention=settings.retention,
-            worker=name,
+            worker=options.name,
             max_attempts=settings.max_attempts,
             max_retries=settings.max_retries,
         )
-        worker = LeasedWorker(
-            [func(runner.generate, name=FUNCTION)],
-            name=name,
-            pool=pool,
-            keys=keys,
-            queues=[keys.queue(lane) for lane in LANES],
-            lease_s=settings.lease_s,
-            concurrency=settings.concurrency,
-            drain_timeout_s=settings.drain_timeout_s,
-            ledger_max_records=settings.ledger_max_records,
-            billed_ttl_ms=settings.retention.state_ms,
-            burst=burst,
-            on_unrun=runner.end_unrun,
-        )
+        generate = func(runner.generate, name=FUNCTION)
+        worker = LeasedWorker([generate], options, pool=pool, keys=keys, on_unrun=runner.end_unrun)
         async with asyncio.TaskGroup() as tasks:
             helpers = [
                 tasks.create_task(publisher.keep_open(), name="deltafan-publisher"),
@@ -98,6 +86,19 @@ async def open_worker(
             yield worker
             for helper in helpers:
                 helper.cancel()
+
+
+def _options(settings: Settings, keys: Keys, *, burst: bool) -> WorkerOptions:
+    return WorkerOptions(
+        name=f"{socket.gethostname()}:{os.getpid()}",
+        queues=[keys.queue(lane) for lane in LANES],
+        concurrency=settings.concurrency,
+        lease_s=settings.lease_s,
+        drain_timeout_s=settings.drain_timeout_s,
+        burst=burst,
+        ledger_max_records=settings.ledger_max_records,
+        billed_ttl_ms=settings.retention.state_ms,
+    )
 
 
 async def is_healthy(settings: Settings) -> bool:
