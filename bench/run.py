@@ -3,12 +3,12 @@
 Figures are of this machine and this hour; the ratios, taken within one run, are what can be compared.
 """
 
-import asyncio
 import importlib
 import os
 import platform
 import sys
 
+import uvloop
 from measure import Report, servers
 
 NAMES = ("cpu", "pickup", "starvation", "recovery", "submit", "latency", "replay", "memory")
@@ -26,7 +26,7 @@ def main() -> int:
         module = importlib.import_module(name)
         print(f"{name}: {(module.__doc__ or '').splitlines()[0]}", flush=True)
         with servers() as bench:
-            asyncio.run(module.run(bench, report))
+            uvloop.run(module.run(bench, report))
     missed = sum(not met for *_, met in report.rows)
     print(f"{len(report.rows) - missed} of {len(report.rows)} budgets met")
     return 1 if missed else 0

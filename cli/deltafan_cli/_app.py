@@ -121,8 +121,12 @@ def dev(
 
 @app.command()
 def worker(
-    processes: Annotated[int | None, typer.Option(help="Worker processes; one saturates one core.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Generations at once in each process.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Worker processes; one saturates one core.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Generations at once in each process.")
+    ] = None,
     burst: Annotated[bool, typer.Option("--burst", help="Exit when no job is due.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Only tell whether a worker of this host is alive.")] = False,
 ) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +20,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import ErrorDetails
 
@@ -66,9 +67,16 @@ class MissingKey(DeltafanError):
 class _Table(BaseModel):
     """A table of the file. Strict, since TOML has types: `input = true` is no price."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True, populate_by_name=True
-    )
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_all_keys(cls, table: object) -> object:
+        known = {info.alias or name for name, info in cls.model_fields.items()}
+        unknown = sorted(table.keys() - known) if isinstance(table, dict) else []
+        if unknown:
+            raise ValueError("; ".join(f"there is no {_key(key)} here, {_hint(key, known)}" for key in unknown))
+        return table
 
 
 class TimeoutOverrides(_Table):
@@ -186,7 +194,7 @@ def _name_entries(tables: object) -> object:
         return tables
     for name, entry in tables.items():
         if isinstance(entry, Mapping) and "name" in entry:
-            raise ValueError(f"{_key(name)} is its own name already; `upstream_name` of a model is what providers get")
+            raise ValueError(f"{_key(name)} has its name already; what a model is called upstream is upstream_name")
     return {name: {**entry, "name": name} if isinstance(entry, Mapping) else entry for name, entry in tables.items()}
 
 
@@ -207,25 +215,24 @@ class Catalogue(_Table):
         try:
             return cls.model_validate(tomllib.loads(source.read_text(encoding="utf-8")))
         except OSError as error:
-            why = f"can not be read ({error.strerror}); set DELTAFAN_MODELS to a catalogue"
+            reasons = [f"can not be read ({error.strerror}); set DELTAFAN_MODELS to a catalogue"]
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            why = f"is not TOML: {error}"
+            reasons = [f"is not TOML: {error}"]
         except ValidationError as error:
-            why = "\n".join(_complaint(detail) for detail in error.errors())
-        raise CatalogueError("\n".join(f"{source}: {line}" for line in why.splitlines()))
+            reasons = [_complaint(detail) for detail in error.errors(include_url=False)]
+        raise CatalogueError("\n".join(f"{source}: {reason}" for reason in reasons))
 
     @field_validator("models")
     @classmethod
     def _know_their_providers(cls, models: Mapping[str, Model], info: ValidationInfo) -> Mapping[str, Model]:
-        providers = info.data.get("providers")
-        if providers is None:  # they are refused themselves
+        providers: Mapping[str, Provider] | None = info.data.get("providers")
+        if providers is None:  # they were refused themselves
             return models
-        missing = [(model, name) for model in models.values() for name in model.providers if name not in providers]
+        missing = [(model.name, name) for model in models.values() for name in model.providers if name not in providers]
         if missing:
             raise ValueError(
-                "\n".join(
-                    f"{_key(model.name)} provider: there is no {name!r}; {_hint(name, providers)}"
-                    for model, name in missing
+                "; ".join(
+                    f"{_key(model)} has no provider {_key(name)}, {_hint(name, providers)}" for model, name in missing
                 )
             )
         return models
@@ -244,8 +251,8 @@ class Catalogue(_Table):
         if rest and name in self.providers:
             provider = self.providers[name]
             return (Route(provider=provider, model=rest, timeouts=provider.timeouts),)
-        unlisted = [f"{provider}/{rest}" for provider in self.providers] if rest else []
-        raise UnknownModel(model, get_close_matches(model, [*self.models, *unlisted], n=3))
+        unlisted = [f"{near}/{rest}" for near in get_close_matches(name, self.providers, n=1)] if rest else []
+        raise UnknownModel(model, unlisted + get_close_matches(model, self.models, n=2))
 
 
 def _route(provider: Provider, model: Model) -> Route:
@@ -264,7 +271,18 @@ def shipped() -> Path:
     return inside if inside.exists() else inside.parents[1] / inside.name
 
 
+def _key(name: object) -> str:
+    """As TOML writes a key."""
+    text = str(name)
+    return text if _BARE_KEY.fullmatch(text) else f'"{text}"'
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"only {', '.join(sorted(known))}"
+
+
 def _complaint(detail: ErrorDetails) -> str:
-    *tables, last = detail["loc"]
-    where = f"[{'.'.join(_key(table) for table in tables)}] {_key(last)}"
-    return "..."
+    where = ".".join(map(_key, detail["loc"]))
+    why = detail["msg"].removeprefix("Value error, ")
+    return f"{where}: {why[:1].lower()}{why[1:]}" if where else why

@@ -58,7 +58,7 @@ class Settings(BaseModel):
     limit is full; the fleet's capacity is this times all processes."""
     processes: Annotated[int, Field(ge=1, le=256)] = 1
     """Worker processes that `deltafan worker` starts; each can fill one core, so at most the machine's cores."""
-    lease_s: Annotated[float, Field(ge=2, le=300)] = 10.0
+    lease_s: Annotated[float, Field(ge=2, le=300)] = 8.0
     """How long after a worker's death its jobs run again. Renewed at least three times in that span, so two renewals
     may be lost. Shorter than a stall of the event loop or a failover, it lets living workers lose their jobs."""
     drain_timeout_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0

@@ -42,21 +42,24 @@ class Follower:
         attempt, seq = self.cursor or (0, -1)
         hole = False
         for raw_id, fields in entries:
-            raw_attempt, _, raw_seq = raw_id.partition(b"-")
-            entry = Position(int(raw_attempt), int(raw_seq))
-            if self.ended or entry <= (attempt, seq):
-                continue
-            if entry.seq == 0:
-                hole = hole and not _starts_from_nothing(fields)
+            if not hole and raw_id == b"%d-%d" % (attempt, seq + 1):  # nearly every entry: no need to read its id
+                entry = Position(attempt, seq + 1)
             else:
-                hole = hole or entry != (attempt, seq + 1)
-            if hole:
-                continue
-            attempt, seq = self.cursor = entry
+                entry = Position.parse(raw_id)
+                if entry <= (attempt, seq):
+                    continue
+                hole = hole and not _starts_from_nothing(fields) if entry.seq == 0 else True
+                if hole:
+                    continue
+            if self.ended:
+                break
+            attempt, seq = entry
             kind = _TYPE_NAMES.get(fields[1])
             if kind is not None:
                 events.append(Event(entry, kind, fields[3]))
                 self.ended = kind in TERMINAL_TYPES
+        if seq >= 0:
+            self.cursor = Position(attempt, seq)
         return events
 
 

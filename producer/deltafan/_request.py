@@ -71,7 +71,7 @@ class JobRequest(BaseModel):
         if not isinstance(messages, list) or not messages:
             raise ValueError("messages: a non-empty list is needed (as messages= or inside body)")
         for index, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise ValueError(f"messages[{index}]: an object with a role is needed")
         if self.body.get("model", self.model) != self.model:
             raise ValueError("body.model: differs from model; leave it out")

@@ -27,8 +27,7 @@ class Tail:
 
     def __init__(self, job_id: str, after: Position | None) -> None:
         self.job_id = job_id
-        self.position = after
-        """The last event handed out, or where the tail began: resume here."""
+        self._position = after
         self.follower = Follower(after)
         self.feed: Feed | None = None
         self.unread = True
@@ -36,6 +35,11 @@ class Tail:
         self._events: deque[Event] = deque()
         self._error: DeltafanError | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def position(self) -> Position | None:
+        """The last event handed out, or where the tail began: resume here."""
+        return self._position
 
     @property
     def is_hungry(self) -> bool:
@@ -53,14 +57,15 @@ class Tail:
             JobNotFound: nothing is known of the job.
             StreamExpired: its entries are gone.
         """
-        while not self._events:
+        events = self._events
+        while not events:
             if self._error is not None:
                 raise self._error
             if self.follower.ended:
                 raise StopAsyncIteration
             await self._wait()
-        event = self._events.popleft()
-        self.position = event.position
+        event = events.popleft()
+        self._position = event[0]
         if self.unread and self.is_hungry and self.feed is not None:
             self.feed.pump()
         return event

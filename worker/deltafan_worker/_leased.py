@@ -59,7 +59,7 @@ class WorkerOptions:
     queues: Sequence[str]
     """Served in this order."""
     concurrency: int = 100
-    lease_s: float = 10.0
+    lease_s: float = 8.0
     drain_timeout_s: float = 30.0
     burst: bool = False
     """Stop when nothing is due."""

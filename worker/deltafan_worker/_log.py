@@ -25,7 +25,7 @@ class AttemptLog:
 
     def __init__(self) -> None:
         self._codes = bytearray()
-        self._ends = array("Q")
+        self._ends = array("I")
         self._data = bytearray()
 
     def __len__(self) -> int:
