@@ -9,6 +9,7 @@ import platform
 import sys
 
 import uvloop
+
 from measure import Report, servers
 
 NAMES = ("cpu", "pickup", "starvation", "recovery", "submit", "latency", "replay", "memory")

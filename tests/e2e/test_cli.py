@@ -1,0 +1,213 @@
+"""The command line as its user meets it: processes, exit codes, words."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from support import upstream as script
+from support.upstream import ScriptedUpstream, scripted_upstream
+from support.waiting import wait_until
+from support.workers import settings_env, worker_process
+
+DELTAFAN = [sys.executable, "-m", "deltafan_cli"]
+NOWHERE = {"DELTAFAN_REDIS_URL": "redis://:secret@127.0.0.1:1/0"}
+
+
+def run(*args: str, env: dict[str, str], stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    whole = {**os.environ, "COLUMNS": "120", **env}
+    return subprocess.run(
+        [*DELTAFAN, *args], env=whole, input=stdin, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+async def arun(*args: str, env: dict[str, str], stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    return await asyncio.to_thread(run, *args, env=env, stdin=stdin)
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[ScriptedUpstream]:
+    async with scripted_upstream() as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def env(redis_url: str, upstream: ScriptedUpstream, tmp_path: Path) -> dict[str, str]:
+    return settings_env(redis_url, upstream.url, tmp_path)
+
+
+@pytest.fixture
+def worker(env: dict[str, str]) -> "Iterator[subprocess.Popen[bytes]]":
+    with worker_process(env) as process:
+        yield process
+
+
+def test_version_and_help_need_nothing() -> None:
+    assert run("--version", env={}).stdout.startswith("deltafan 0.")
+    help_text = run("--help", env={}).stdout
+    for command in ("dev", "worker", "submit", "tail", "result", "cancel", "usage", "models"):
+        assert command in help_text
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("submit", "-m", "sim", "Hi"), ("tail", "x"), ("result", "x"), ("cancel", "x"), ("usage",)],
+    ids=lambda a: a[0],
+)
+def test_no_redis_is_said_at_once_with_what_to_do(args: tuple[str, ...]) -> None:
+    started = time.monotonic()
+    done = run(*args, env=NOWHERE)
+    assert time.monotonic() - started < 4, "a second, and a process's start"
+    assert done.returncode == 1
+    assert "deltafan dev" in done.stderr
+    assert "docker compose up" in done.stderr
+    assert "secret" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "words"),
+    [
+        (("submit", "Hi"), {}, "--model"),
+        (("submit", "-m", "sim", "--body", "{", "Hi"), NOWHERE, "body: is not JSON"),
+        (("submit", "-m", "sim", "--body", "[1]", "Hi"), NOWHERE, "body: is not a JSON object"),
+        (("frobnicate",), {}, "No such command"),
+        (("worker", "--processes", "0"), {}, "processes"),
+        (("usage",), {"DELTAFAN_REDIS_ULR": "x"}, "did you mean DELTAFAN_REDIS_URL"),
+    ],
+)
+def test_wrong_use_ends_with_2_and_says_why(args: tuple[str, ...], env: dict[str, str], words: str) -> None:
+    done = run(*args, env=env)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def test_submit_follow_prints_the_answer_alone(
+    env: dict[str, str], worker: "subprocess.Popen[bytes]", upstream: ScriptedUpstream
+) -> None:
+    done = await arun("submit", "-m", "sim", "-f", "--system", "Be brief", "-", env=env, stdin="Hi")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Hello, world!\n", "")
+    assert upstream.requests[0].body["messages"] == [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "Hi"},
+    ]
+
+
+async def test_one_job_through_all_commands(env: dict[str, str], worker: "subprocess.Popen[bytes]") -> None:
+    job_id = (await arun("submit", "-m", "sim", "Hi", env=env)).stdout.strip()
+    assert (await arun("result", job_id, env=env)).stdout == "Hello, world!\n"
+    result = json.loads((await arun("result", "--json", job_id, env=env)).stdout)
+    assert (result["status"], result["content"]) == ("completed", "Hello, world!")
+    lines = (await arun("tail", job_id, env=env)).stdout.splitlines()
+    assert [line.split("\t")[1] for line in lines] == ["started", *["content"] * 4, "completed"]
+    events = [json.loads(line) for line in (await arun("tail", "--json", job_id, env=env)).stdout.splitlines()]
+    assert "".join(event.get("text", "") for event in events) == "Hello, world!"
+    rest = (await arun("tail", "--json", "--from", events[3]["position"], job_id, env=env)).stdout.splitlines()
+    assert [json.loads(line) for line in rest] == events[4:]
+    assert "had ended already" in (await arun("cancel", job_id, env=env)).stdout
+    (record,) = [json.loads(line) for line in (await arun("usage", "--json", env=env)).stdout.splitlines()]
+    assert (record["job_id"], record["outcome"]) == (job_id, "completed")
+    assert job_id in (await arun("usage", env=env)).stdout
+
+
+async def test_a_failed_job_ends_with_1_and_the_reason(
+    env: dict[str, str], worker: "subprocess.Popen[bytes]", upstream: ScriptedUpstream
+) -> None:
+    upstream.then(script.Refuse(400, b'{"error": {"message": "no such thing", "code": "bad"}}'))
+    done = await arun("submit", "-m", "sim", "-f", "Hi", env=env)
+    assert done.returncode == 1
+    assert "no such thing" in done.stderr
+    missing = await arun("result", "nobody", env=env)
+    assert missing.returncode == 1
+    assert "not found" in missing.stderr
+
+
+async def test_ctrl_c_stops_reading_and_leaves_the_job_alone(
+    env: dict[str, str], worker: "subprocess.Popen[bytes]", upstream: ScriptedUpstream, redis: Redis
+) -> None:
+    gate = asyncio.Event()
+    upstream.then([script.delta(content="Once "), gate, script.delta(content="upon"), *script.ending()])
+    command = [*DELTAFAN, "submit", "-m", "sim", "-f", "Hi"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env={**os.environ, **env}, text=True, **pipes) as process:  # type: ignore[call-overload]
+        await wait_until(lambda: len(upstream.requests) == 1, "the model is called")
+        assert await asyncio.to_thread(process.stdout.read, 5) == "Once "
+        process.send_signal(signal.SIGINT)
+        _, stderr = await asyncio.to_thread(process.communicate)
+    assert process.returncode == 130
+    assert "goes on" in stderr
+    assert "Traceback" not in stderr
+    gate.set()
+    (state,) = await redis.keys("deltafan:{*}:state")
+    job_id = state.decode().split("{")[1].split("}")[0]
+    assert (await arun("result", job_id, env=env)).stdout == "Once upon\n"
+
+
+async def test_a_worker_waits_for_redis_and_says_so(env: dict[str, str]) -> None:
+    command = [*DELTAFAN, "worker"]
+    with subprocess.Popen(command, env={**os.environ, **env, **NOWHERE}, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = await asyncio.to_thread(process.stderr.readline)
+        assert "waiting for it" in line
+        assert "secret" not in line
+        process.terminate()
+        _, rest = await asyncio.to_thread(process.communicate)
+    assert process.returncode == 0
+    assert "Traceback" not in rest
+
+
+async def test_check_tells_whether_a_worker_lives(env: dict[str, str]) -> None:
+    assert (await arun("worker", "--check", env=env)).returncode == 1
+    with worker_process(env):
+
+        async def is_alive() -> bool:
+            return (await arun("worker", "--check", env=env)).returncode == 0
+
+        await wait_until(is_alive, "the worker has shown itself")
+
+
+async def test_several_processes_share_the_work_and_stop_together(
+    env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    with subprocess.Popen([*DELTAFAN, "worker", "--processes", "2"], env={**os.environ, **env}) as process:
+        done = await arun("submit", "-m", "sim", "-f", "Hi", env=env)
+        assert done.stdout == "Hello, world!\n"
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 20) == 0
+
+
+def test_models_lists_what_is_ready() -> None:
+    text = run("models", env={"OPENAI_API_KEY": "k"}).stdout
+    assert "smollm2" in text
+    assert "OPENAI_API_KEY is set" in text
+    assert "DASHSCOPE_API_KEY is not set" in text
+    rows = [json.loads(line) for line in run("models", "--json", env={}).stdout.splitlines()]
+    assert {"model", "provider", "price", "ready"} <= rows[0].keys()
+
+
+@pytest.mark.model
+def test_the_demonstration_on_the_real_model() -> None:
+    started = time.monotonic()
+    done = run("dev", "--demo", "--once", env={})
+    assert done.returncode == 0, done.stderr
+    assert "The three transcripts are identical." in done.stdout
+    assert "input_tokens" in done.stdout
+    assert len({line.split("sha256 ")[1] for line in done.stdout.splitlines() if "sha256" in line}) == 1
+    assert time.monotonic() - started < 30
+
+
+def test_the_readmes_example_runs(tmp_path: Path) -> None:
+    """The twelve lines of the README are the file in examples/, word for word."""
+    root = Path(__file__).parents[2]
+    code = (root / "examples/quickstart.py").read_text()
+    readme = (root / "README.md").read_text()
+    shown = readme.split("```python\n")[1].split("```")[0]
+    assert [line for line in shown.splitlines() if line.strip()] == [line for line in code.splitlines() if line.strip()]
