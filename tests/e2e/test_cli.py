@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
+
 from support import upstream as script
 from support.upstream import ScriptedUpstream, scripted_upstream
 from support.waiting import wait_until

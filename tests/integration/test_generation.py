@@ -52,6 +52,7 @@ async def test_an_answer_reaches_stream_result_ledger_and_arq(
     assert (result.usage.input_tokens, result.usage.output_tokens, result.usage.cached_input_tokens) == (7, 5, 2)
     assert result.usage.cost == pytest.approx((5 * 1.0 + 2 * 0.5 + 5 * 2.0) / 1e6)
     assert (result.usage.tenant, result.usage.attempt_no, result.usage.source) == ("acme", 1, "provider")
+    assert (result.usage.finish_reason, result.usage.deltas) == ("stop", 4)
     await wait_until(lambda: redis.exists(f"arq:result:{job.id}"), "arq knows")
     assert not await redis.exists(f"arq:job:{job.id}", f"arq:in-progress:{job.id}", f"arq:retry:{job.id}")
 

@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any, TypeAlias
@@ -238,7 +238,7 @@ def _seal(ending: Ending, writer: StreamWriter, meter: CallMeter | None, cancel_
     outcome: CallOutcome = "completed" if ending.status == "completed" else "cancelled"
     if ending.status == FAILED:
         outcome = "failed"
-    usage = None if meter is None else _record(meter, writer, outcome)
+    usage = None if meter is None else replace(_record(meter, writer, outcome), finish_reason=ending.finish_reason)
     position = Position(writer.attempt, len(writer.log) + 1)
     return seal(ending, writer.log, usage, position)
 
