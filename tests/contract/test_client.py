@@ -1,6 +1,8 @@
 """The client library alone, against a server and entries that were written by hand as PROTOCOL.md says."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -365,3 +367,11 @@ async def test_plain_xread_tails_a_job_without_any_of_our_code(redis: Redis, han
     await hand.complete(5, 3)
     seen = await reading
     assert b"".join(data for kind, data in seen if kind == b"content") == b"Hello, world"
+
+
+def test_the_library_loads_neither_arq_nor_an_http_client() -> None:
+    code = (
+        "import sys, deltafan; print([m for m in ('arq', 'openai', 'aiohttp', 'httpx', 'typer') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
