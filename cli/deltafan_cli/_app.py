@@ -86,6 +86,7 @@ def _producer(settings: Settings) -> AbstractAsyncContextManager[Producer]:
         retention=settings.retention,
         max_body_bytes=settings.max_body_bytes,
         replicas=settings.replicas,
+        replicas_timeout_ms=settings.replicas_timeout_ms,
     )
 
 

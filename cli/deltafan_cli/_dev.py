@@ -14,8 +14,7 @@ from pathlib import Path
 from deltafan_cli._embedded import DEFAULT_PORT, NotInstalled, embedded_valkey
 from deltafan_cli._local_model import MODEL, local_model
 from deltafan_cli._view import err, out
-from deltafan_config import Catalogue, MissingKey, UnknownModel
-from deltafan_config._catalogue import shipped
+from deltafan_config import Catalogue, MissingKey, UnknownModel, shipped
 
 _STOP_S = 15.0
 

@@ -10,6 +10,7 @@ from deltafan_config._catalogue import (
     Route,
     TimeoutOverrides,
     UnknownModel,
+    shipped,
 )
 from deltafan_config._settings import Settings, SettingsError, load_settings
 
@@ -26,4 +27,5 @@ __all__ = [
     "TimeoutOverrides",
     "UnknownModel",
     "load_settings",
+    "shipped",
 ]

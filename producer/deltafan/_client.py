@@ -24,6 +24,8 @@ ScriptCall: TypeAlias = tuple[Sequence[str], Sequence[Argument]]
 """Keys and arguments of one call of a script."""
 
 _RETRY_PAUSE_S = 0.05
+_PASSING = ("LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN")
+"""Refusals of a server that is starting or being replaced: the next connection may find it, or its successor, ready."""
 
 
 class RedisClient:
@@ -75,6 +77,11 @@ class RedisClient:
                     try:
                         return await send(connection)
                     except ConnectionLost:
+                        await asyncio.sleep(_RETRY_PAUSE_S)
+                    except ServerError as error:
+                        if not str(error).startswith(_PASSING):
+                            raise
+                        connection.close()
                         await asyncio.sleep(_RETRY_PAUSE_S)
         except TimeoutError:
             self._abandon()

@@ -26,8 +26,6 @@ CHUNK = 250
 PORTIONS_UNDER_WAY = 2
 RINGS = 64
 """Jobs of a round trip that ring the doorbell; a woken worker takes as many jobs as it has room for."""
-WAIT_MS = 500
-"""How long replicas may take to acknowledge, where any are configured."""
 
 CancelOutcome = Literal["cancelled", "requested", "ended"]
 """`cancelled`: it was waiting and has ended now. `requested`: its worker is told, it will not end completed.
@@ -67,6 +65,7 @@ class Producer:
         retention: Retention,
         max_body_bytes: int,
         replicas: int,
+        replicas_timeout_ms: int,
     ) -> None:
         self._streams = streams
         self._queue = queue
@@ -74,6 +73,7 @@ class Producer:
         self._retention = retention
         self._max_body_bytes = max_body_bytes
         self._replicas = replicas
+        self._replicas_timeout_ms = replicas_timeout_ms
 
     @classmethod
     @asynccontextmanager
@@ -86,11 +86,13 @@ class Producer:
         retention: Retention | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
         replicas: int = 0,
+        replicas_timeout_ms: int = 500,
         connect_timeout_s: float = 1.0,
     ) -> AsyncIterator[Self]:
         """Connect to the queue's server and, where it is another, to the streams' server.
 
-        `replicas`: how many replicas must have a submit or a cancel before it is acknowledged.
+        `replicas`: how many replicas must have a submit or a cancel, within `replicas_timeout_ms`, before it is
+        acknowledged.
 
         Raises:
             RedisUnavailable: no server answers within `connect_timeout_s`.
@@ -107,6 +109,7 @@ class Producer:
                 retention=retention or Retention(),
                 max_body_bytes=max_body_bytes,
                 replicas=replicas,
+                replicas_timeout_ms=replicas_timeout_ms,
             )
 
     async def submit(
@@ -239,9 +242,10 @@ class Producer:
     async def _wait(self, client: RedisClient) -> None:
         if self._replicas == 0:
             return
-        heard = await client.call("WAIT", self._replicas, WAIT_MS)
+        heard = await client.call("WAIT", self._replicas, self._replicas_timeout_ms)
         if heard < self._replicas:
-            why = f"{heard} of {self._replicas} replicas have the write after {WAIT_MS} ms; repeat the call, it is safe"
+            within = f"within {self._replicas_timeout_ms} ms"
+            why = f"only {heard} of {self._replicas} replicas had the write {within}; repeat the call"
             raise RedisUnavailable(masked_url(client.url), why)
 
 

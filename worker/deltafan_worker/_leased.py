@@ -312,11 +312,14 @@ class LeasedWorker(Worker):
 
     async def _insist(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script as often as it takes; all of ours are safe to repeat."""
+        failed = False
         while True:
             try:
                 return await self._call(script, keys, args)
             except (RedisError, OSError) as error:
-                log.debug("%s: %s; trying again", script.name, error)
+                if not failed:
+                    log.warning("the queue's Redis did not take %s (%s); going on trying", script.name, error)
+                failed = True
                 await asyncio.sleep(_RETRY_PAUSE_S)
 
     async def _call(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:

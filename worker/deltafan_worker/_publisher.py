@@ -77,6 +77,7 @@ class Publisher:
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Reply:
         """Run a script on the streams' connection, as often as it takes: scripts are safe to repeat."""
+        refused = False
         while True:
             await self._connected.wait()
             assert self._connection is not None
@@ -85,7 +86,11 @@ class Publisher:
             except ConnectionLost:
                 await asyncio.sleep(0)
             except ServerError as error:
-                log.warning("Redis at %s refused %s (%s); trying again", masked_url(self._url), script.name, error)
+                if not refused:
+                    log.warning(
+                        "Redis at %s refused %s (%s); going on trying", masked_url(self._url), script.name, error
+                    )
+                refused = True
                 await asyncio.sleep(_RETRY_PAUSE_S)
 
     async def is_durable(self, state_key: str) -> bool:

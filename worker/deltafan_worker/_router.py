@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from deltafan_config import Catalogue, Settings
+from deltafan_config import Catalogue, MissingKey, Settings
 from deltafan_config import Route as ConfiguredRoute
 from deltafan_worker._route import Route, Timeouts
 
@@ -18,12 +18,22 @@ class Router:
         self._env = env
 
     def __call__(self, model: str) -> tuple[Route, ...]:
-        """The routes to try, in order.
+        """The routes to try, in order; providers whose key is not set are passed over while there are others.
 
         Raises:
-            DeltafanError: nobody serves the model, a key is missing, or the provider speaks another API.
+            UnknownModel: nobody serves the model.
+            MissingKey: no provider's key is set.
         """
-        return tuple(self._route(route) for route in self._catalogue.resolve(model))
+        routes: list[Route] = []
+        missing: MissingKey | None = None
+        for route in self._catalogue.resolve(model):
+            try:
+                routes.append(self._route(route))
+            except MissingKey as error:
+                missing = missing or error
+        if not routes and missing is not None:
+            raise missing
+        return tuple(routes)
 
     def _route(self, route: ConfiguredRoute) -> Route:
         provider = route.provider
