@@ -10,6 +10,7 @@ STREAMS, GAP_MS, SECONDS = 250, 50, 8
 DELTAS = SECONDS * 1000 // GAP_MS
 HI = [{"role": "user", "content": "Hi"}]
 READERS = 20
+TURNS = 3
 
 
 async def run(bench: Bench, report: Report) -> None:
@@ -20,8 +21,9 @@ async def run(bench: Bench, report: Report) -> None:
             median_ms, p99_ms = percentile(delays, 50) * 1000, percentile(delays, 99) * 1000
             met = median_ms < 2 and p99_ms < 10
             report.add("upstream socket to reader", spread_ms(delays), "median under 2 ms, p99 under 10 ms", met)
-            alone = await _writer_cpu(producer, consumer, child.pid, 0)
-            read = await _writer_cpu(producer, consumer, child.pid, READERS)
+            # In turn, and the least of each: what else the machine does only ever adds.
+            turns = [(await _writer_cpu(producer, consumer, child.pid, n), n) for n in (0, READERS) * TURNS]
+            alone, read = (min(cost for cost, readers in turns if readers == n) for n in (0, READERS))
     change = read / alone - 1
     figure = f"{alone:.1f} us per delta without readers, {read:.1f} us with {READERS} on each stream ({change:+.0%})"
     report.add("cost of a reader to the writer", figure, "none (within 10 % of noise)", change < 0.1)

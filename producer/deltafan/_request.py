@@ -54,11 +54,11 @@ class JobRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _messages_into_body(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or data.get("messages") is None:
+        if not isinstance(data, dict) or data.get("messages") is None:
             return data
         fields = dict(data)
         messages, body = fields.pop("messages"), fields.get("body") or {}
-        if not isinstance(body, Mapping):
+        if not isinstance(body, (dict, Mapping)):
             return fields
         if "messages" in body:
             raise ValueError("messages: given twice, also inside body")
