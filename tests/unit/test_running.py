@@ -5,12 +5,12 @@ import asyncio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.waiting import wait_until
 
 from deltafan_worker._interrupt import Interrupt, Reason
 from deltafan_worker._retry import LONGEST_PAUSE_S, pause_before
 from deltafan_worker._upstream_error import UpstreamError
 from deltafan_worker._watchdog import Silence, Watchdog
+from support.waiting import wait_until
 
 
 def error(*, retryable: bool = True, retry_after_s: float | None = None) -> UpstreamError:
