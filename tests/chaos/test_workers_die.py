@@ -82,22 +82,25 @@ async def test_a_frozen_worker_that_wakes_changes_nothing(
     job = await producer.submit(model="sim", messages=HI)
     with worker_process(env) as zombie:
         await wait_until(lambda: has_begun(consumer, job.id), "the first worker has published")
+        await wait_until(lambda: _runs(1, zombie, redis), "it shows that it is busy")
         zombie.send_signal(signal.SIGSTOP)
         with worker_process(env):
             result = await consumer.result(job.id, timeout=30)
             before = await redis.xrange(f"deltafan:{{{job.id}}}:events")
             gate.set()
             zombie.send_signal(signal.SIGCONT)
-            await wait_until(lambda: _is_idle(zombie, redis), "the zombie has let go")
+            await wait_until(lambda: _runs(0, zombie, redis), "the zombie has let go")
+            await wait_until(lambda: redis.exists(f"arq:result:{job.id}"), "the job is closed")
             assert result.content == "Hello, world!"
             assert await redis.xrange(f"deltafan:{{{job.id}}}:events") == before
             assert [outcome for _, outcome in await ledger(redis)].count("completed") == 1
             assert len(await redis.xrange("deltafan:usage")) == 2
 
 
-async def _is_idle(process: "subprocess.Popen[bytes]", redis: Redis) -> bool:
+async def _runs(count: int, process: "subprocess.Popen[bytes]", redis: Redis) -> bool:
+    """Whether a worker process shows that it runs so many jobs."""
     keys = [key async for key in redis.scan_iter(match="deltafan:worker:*") if key.endswith(b":%d" % process.pid)]
-    return bool(keys) and orjson.loads(await redis.get(keys[0]) or b"{}").get("running") == 0
+    return bool(keys) and orjson.loads(await redis.get(keys[0]) or b"{}").get("running") == count
 
 
 async def test_sigterm_lets_a_running_job_end(
