@@ -41,6 +41,7 @@ class RedisClient:
         self._patience_s = patience_s
         self._connection: RespConnection | None = None
         self._opening = asyncio.Lock()
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         self._connection = await open_connection(self.url, timeout_s=self._connect_timeout_s)
@@ -49,6 +50,7 @@ class RedisClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closed = True
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -91,6 +93,8 @@ class RedisClient:
 
     async def _open(self) -> RespConnection:
         async with self._opening:
+            if self._closed:
+                raise RuntimeError("this client is closed: use it inside its `async with` block")
             while self._connection is None or self._connection.is_lost:
                 try:
                     self._connection = await open_connection(self.url, timeout_s=self._connect_timeout_s)

@@ -341,6 +341,13 @@ async def test_no_server_is_said_within_a_second() -> None:
         assert asyncio.get_running_loop().time() - started < 1.5
 
 
+async def test_a_closed_producer_says_so(redis_url: str) -> None:
+    async with Producer.connect(redis_url) as producer:
+        pass
+    with pytest.raises(RuntimeError, match="closed"):
+        await producer.submit(model="m", messages=HI)
+
+
 async def test_submits_go_on_when_the_server_comes_back(fresh_valkey: Valkey) -> None:
     async with Producer.connect(fresh_valkey.url) as producer:
         await producer.submit(model="m", messages=HI, job_id="a")

@@ -68,6 +68,20 @@ async def test_time_that_is_over_is_the_deadline() -> None:
     assert interrupt.reason is Reason.DEADLINE
 
 
+async def test_a_cut_when_the_time_is_just_over_is_harmless() -> None:
+    interrupt = Interrupt()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            interrupt.cut(Reason.CANCELLED)
+            raise
+
+    assert await interrupt.run(work(), within_s=0.01) is None
+    assert interrupt.reason is Reason.CANCELLED
+
+
 async def test_errors_of_the_work_come_through() -> None:
     async def work() -> None:
         raise KeyError("x")

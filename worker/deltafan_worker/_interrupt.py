@@ -45,7 +45,7 @@ class Interrupt:
         """Stop what is being run, or will be."""
         if self.reason is None:
             self.reason, self.detail = reason, detail
-            if self._timeout is not None:
+            if self._timeout is not None and not self._timeout.expired():
                 self._timeout.reschedule(asyncio.get_running_loop().time())
 
     async def run(self, work: Coroutine[Any, Any, T], *, within_s: float | None = None) -> T | None:
