@@ -71,12 +71,13 @@ async def test_time_that_is_over_is_the_deadline() -> None:
 async def test_a_cut_when_the_time_is_just_over_is_harmless() -> None:
     interrupt = Interrupt()
 
-    async def work() -> None:
+    async def work() -> str:
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             interrupt.cut(Reason.CANCELLED)
             raise
+        return "never"
 
     assert await interrupt.run(work(), within_s=0.01) is None
     assert interrupt.reason is Reason.CANCELLED
