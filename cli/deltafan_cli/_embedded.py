@@ -84,15 +84,11 @@ def _serve() -> None:
     config = {"appendonly": "yes", "maxmemory-policy": "noeviction"}
     with tempfile.TemporaryDirectory(prefix="deltafan-", ignore_cleanup_errors=True) as folder:
         try:
-            server = ValkeyServer(port=port, data_dir=Path(folder), config=config)
-            server.start()
+            with ValkeyServer(port=port, data_dir=Path(folder), config=config) as server:
+                announce(f"redis://127.0.0.1:{server.port}/0")
+                wait_for_parent()
         except (ValkeyServerError, OSError) as error:
             sys.exit(str(error))
-        try:
-            announce(f"redis://127.0.0.1:{server.port}/0")
-            wait_for_parent()
-        finally:
-            server.stop()
 
 
 def _is_free(port: int) -> bool:

