@@ -26,7 +26,7 @@ from pydantic_core import ErrorDetails
 
 from deltafan._errors import DeltafanError
 
-Api = Literal["chat"]
+Api = Literal["chat", "responses", "dashscope"]
 Seconds = Annotated[float, Field(gt=0)]
 PerMillion = Annotated[float, Field(ge=0)]
 
@@ -102,6 +102,8 @@ class Price(_Table):
     cached_input: PerMillion | None = None
     cache_write: PerMillion | None = None
     reasoning: PerMillion | None = None
+    input_audio: PerMillion | None = None
+    output_audio: PerMillion | None = None
 
 
 def _base_url(url: str) -> str:
@@ -122,6 +124,12 @@ def _key_variable(name: str) -> str:
     return name
 
 
+def _as_tuple(value: object) -> object:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
 class Provider(_Table):
     """An upstream account."""
 
@@ -129,7 +137,8 @@ class Provider(_Table):
     """The table's own name; without a slash, because the first one ends it in `provider/model`."""
     base_url: Annotated[str, AfterValidator(_base_url)]
     """Without the endpoint's name and the slash before it."""
-    api: Api = "chat"
+    apis: Annotated[tuple[Api, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = Field(("chat",), alias="api")
+    """`api` in the file, one name or a list: what it speaks under this base URL."""
     api_key_env: Annotated[str, AfterValidator(_key_variable)] | None = None
     """Name of the variable that holds the key; None: no key is sent."""
     headers: Mapping[str, str] = Field(default_factory=dict, repr=False)
@@ -147,12 +156,6 @@ class Provider(_Table):
         if not (key := env.get(self.api_key_env, "").strip()):
             raise MissingKey(self.name, self.api_key_env)
         return SecretStr(key)
-
-
-def _as_tuple(value: object) -> object:
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
 
 
 class Model(_Table):
@@ -283,6 +286,7 @@ def _hint(name: str, known: Collection[str]) -> str:
 
 
 def _complaint(detail: ErrorDetails) -> str:
-    where = ".".join(map(_key, detail["loc"]))
+    # A name alone is read as a list of one; its index would be news to whoever wrote it.
+    where = ".".join(_key(part) for part in detail["loc"] if not isinstance(part, int))
     why = detail["msg"].removeprefix("Value error, ")
     return f"{where}: {why[:1].lower()}{why[1:]}" if where else why

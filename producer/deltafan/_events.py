@@ -1,5 +1,6 @@
 """Events: the entries of a job's stream, and what each type's data holds (PROTOCOL.md, "Entries")."""
 
+from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -15,12 +16,14 @@ REASONING: Final = "reasoning"
 CONTENT: Final = "content"
 REFUSAL: Final = "refusal"
 TOOL_CALL: Final = "tool_call"
+AUDIO: Final = "audio"
+ANNOTATION: Final = "annotation"
 COMPLETED: Final = "completed"
 FAILED: Final = "failed"
 CANCELLED: Final = "cancelled"
 
 TEXT_TYPES: Final = frozenset({REASONING, CONTENT, REFUSAL})
-DELTA_TYPES: Final = TEXT_TYPES | {TOOL_CALL}
+DELTA_TYPES: Final = TEXT_TYPES | {TOOL_CALL, AUDIO, ANNOTATION}
 TERMINAL_TYPES: Final = frozenset({COMPLETED, FAILED, CANCELLED})
 KNOWN_TYPES: Final = DELTA_TYPES | TERMINAL_TYPES | {STARTED}
 
@@ -48,6 +51,16 @@ class ToolCallDelta:
     id: str | None
     name: str | None
     arguments: str
+    extra: Mapping[str, Any] | None = None
+    """What the provider wants to be sent back with the call, untouched (Gemini: `extra_content`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AudioDelta:
+    """A piece of speech. `pcm` is what the provider sent, decoded: 16 bit, mono, 24 kHz, without a header."""
+
+    pcm: bytes
+    transcript: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +138,28 @@ class Event(NamedTuple):
         if self.type != TOOL_CALL:
             return None
         data = _json_object(self)
-        return ToolCallDelta(int(data.get("index", 0)), data.get("id"), data.get("name"), data.get("arguments") or "")
+        index, arguments = int(data.get("index", 0)), data.get("arguments") or ""
+        return ToolCallDelta(index, data.get("id"), data.get("name"), arguments, data.get("extra"))
+
+    @property
+    def audio(self) -> AudioDelta | None:
+        """The speech of an `audio` event; None for every other type.
+
+        Raises:
+            ProtocolError: the data is not base64.
+        """
+        if self.type != AUDIO:
+            return None
+        data = _json_object(self)
+        try:
+            return AudioDelta(b64decode(data.get("data") or "", validate=True), data.get("transcript") or "")
+        except ValueError as error:
+            raise ProtocolError(f"entry {self.position} has audio that is not base64: {error}") from error
+
+    @property
+    def annotation(self) -> Mapping[str, Any] | None:
+        """A source, as the provider describes it (`url`, `title` …); None for every other type than `annotation`."""
+        return _json_object(self) if self.type == ANNOTATION else None
 
     @property
     def finish_reason(self) -> str | None:
@@ -154,7 +188,14 @@ def failure_from(data: Mapping[str, Any]) -> Failure:
     return Failure(str(data.get("code", "unknown")), str(data.get("message", "")), bool(data.get("retryable", False)))
 
 
-def tool_call_data(index: int, *, call_id: str | None = None, name: str | None = None, arguments: str = "") -> bytes:
+def tool_call_data(
+    index: int,
+    *,
+    call_id: str | None = None,
+    name: str | None = None,
+    arguments: str = "",
+    extra: Mapping[str, Any] | None = None,
+) -> bytes:
     """The data of a `tool_call` entry: absent fields are left out."""
     data: dict[str, Any] = {"index": index}
     if call_id is not None:
@@ -163,7 +204,15 @@ def tool_call_data(index: int, *, call_id: str | None = None, name: str | None =
         data["name"] = name
     if arguments:
         data["arguments"] = arguments
+    if extra:
+        data["extra"] = extra
     return orjson.dumps(data)
+
+
+def audio_data(base64: str, transcript: str) -> bytes:
+    """The data of an `audio` entry: absent fields are left out."""
+    fields = {"data": base64, "transcript": transcript}
+    return orjson.dumps({name: value for name, value in fields.items() if value})
 
 
 def _json_object(event: Event) -> Mapping[str, Any]:

@@ -59,6 +59,10 @@ class Keys:
         """Channel: ids of jobs whose cancellation was just requested."""
         return f"{self.prefix}:cancels"
 
+    def cooldown(self, provider: str, model: str) -> str:
+        """String: while it lives, nobody calls this model of this provider, which has asked for less."""
+        return f"{self.prefix}:cooldown:{provider}/{model}"
+
     @property
     def workers(self) -> str:
         """Start of the keys by which workers show that they are alive."""

@@ -12,10 +12,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from deltafan._errors import InvalidRequest
 from deltafan._keys import FUNCTION
+from deltafan._messages import conversation, with_conversation
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 Lane = Literal["interactive", "batch"]
 OnInterrupt = Literal["restart", "fail"]
+Api = Literal["chat", "responses", "dashscope"]
+
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+
+_PLACES = {"chat": "messages", "responses": "input", "dashscope": "input.messages"}
+"""Where each API's body holds the conversation."""
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Images travel inside the body as base64; a body beyond this belongs into object storage, by URL."""
@@ -27,6 +34,17 @@ def _check_metadata(metadata: dict[str, str]) -> dict[str, str]:
     return metadata
 
 
+class Timeouts(BaseModel):
+    """Limits in seconds on one job's model calls; what is left out is as for the model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    connect_s: Seconds | None = None
+    first_delta_s: Seconds | None = None
+    silence_s: Seconds | None = None
+    total_s: Seconds | None = None
+
+
 class JobRequest(BaseModel):
     """One prompt to generate. Also the keyword arguments of the arq function, so any arq producer can write it."""
 
@@ -34,7 +52,7 @@ class JobRequest(BaseModel):
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     """A model of the catalogue, or `provider/model`."""
-    api: Literal["chat"] = "chat"
+    api: Api = "chat"
     """The upstream API whose native request `body` is."""
     body: dict[str, Any] = Field(default_factory=dict, repr=False)
     """The native request body, passed through; the worker sets model, streaming and usage itself."""
@@ -46,6 +64,10 @@ class JobRequest(BaseModel):
     """After this moment the job fails with `deadline_exceeded`, wherever it is."""
     on_interrupt: OnInterrupt = "restart"
     """What happens when a worker vanishes in mid-answer: generate again from the start, or fail."""
+    timeouts: Timeouts | None = None
+    """Instead of the model's own."""
+    parent: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    """The job whose tool calls this one answers."""
     ttl: Annotated[timedelta, Field(gt=timedelta(0), le=timedelta(days=30))] | None = None
     """How long stream and result are kept after the end; None: as the server is configured."""
     submitted_at_ms: int | None = None
@@ -57,27 +79,34 @@ class JobRequest(BaseModel):
         if not isinstance(data, dict) or data.get("messages") is None:
             return data
         fields = dict(data)
-        messages, body = fields.pop("messages"), fields.get("body") or {}
-        if not isinstance(body, (dict, Mapping)):
-            return fields
-        if "messages" in body:
+        messages, body, api = fields.pop("messages"), fields.get("body") or {}, fields.get("api", "chat")
+        if not isinstance(body, Mapping) or not isinstance(messages, (list, tuple)):
+            return {**fields, "body": body}  # which of the two is wrong is said below
+        if conversation(api, body):
             raise ValueError("messages: given twice, also inside body")
-        fields["body"] = {**body, "messages": messages}
+        fields["body"] = with_conversation(api, body, messages)
         return fields
 
     @model_validator(mode="after")
     def _check_body(self) -> Self:
-        messages = self.body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise ValueError("messages: a non-empty list is needed (as messages= or inside body)")
-        for index, message in enumerate(messages):
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise ValueError(f"messages[{index}]: an object with a role is needed")
+        if self.api != "responses" or not {"prompt", "conversation", "previous_response_id"} & self.body.keys():
+            self._check_messages()
         if self.body.get("model", self.model) != self.model:
             raise ValueError("body.model: differs from model; leave it out")
-        if self.body.get("n") not in (None, 1):
+        parameters = self.body.get("parameters") if self.api == "dashscope" else self.body
+        if isinstance(parameters, dict) and parameters.get("n") not in (None, 1):
             raise ValueError("body.n: one job is one generation; submit n jobs for n answers")
         return self
+
+    def _check_messages(self) -> None:
+        where = _PLACES[self.api]
+        messages = conversation(self.api, self.body)
+        if not messages:
+            raise ValueError(f"messages: a non-empty list is needed (as messages= or as {where} inside body)")
+        for index, message in enumerate(messages):
+            is_item = self.api == "responses" and isinstance(message, dict) and isinstance(message.get("type"), str)
+            if not is_item and not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+                raise ValueError(f"messages[{index}]: an object with a role is needed")
 
     @property
     def deadline_ms(self) -> int | None:
@@ -138,6 +167,10 @@ def job_record(request: JobRequest, *, now_ms: int) -> bytes:
         arguments["metadata"] = request.metadata
     if request.deadline is not None:
         arguments["deadline"] = request.deadline
+    if request.timeouts is not None:
+        arguments["timeouts"] = request.timeouts.model_dump(exclude_none=True)
+    if request.parent is not None:
+        arguments["parent"] = request.parent
     if request.ttl is not None:
         arguments["ttl"] = request.ttl.total_seconds()
     return orjson.dumps({"t": None, "f": FUNCTION, "a": [], "k": arguments, "et": now_ms})
@@ -156,6 +189,8 @@ def _explain(error: ValidationError) -> InvalidRequest:
     field, kind = ".".join(str(part) for part in first["loc"]), first["type"]
     if kind == "extra_forbidden":
         options = [*JobRequest.model_fields, "messages", "job_id"]
+        if field.startswith("timeouts."):
+            options = [f"timeouts.{name}" for name in Timeouts.model_fields]
         near = get_close_matches(field, [name for name in options if name != "submitted_at_ms"], n=1)
         hint = f"did you mean {near[0]}?" if near else "parameters of the model belong into body"
         return InvalidRequest(field, f"is not an option; {hint}")

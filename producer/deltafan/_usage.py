@@ -39,6 +39,8 @@ class UsageRecord:
     cached_input_tokens: int | None = None
     cache_write_tokens: int | None = None
     reasoning_tokens: int | None = None
+    input_audio_tokens: int | None = None
+    output_audio_tokens: int | None = None
     cost: float | None = None
     """In `currency`, from the catalogue's prices; None when it can not be told, `cost_note` says why."""
     currency: str | None = None

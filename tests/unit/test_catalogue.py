@@ -92,7 +92,7 @@ def test_what_is_left_out_has_its_default(file: Path) -> None:
         file, PROVIDERS + '[models.m]\nprovider = "one"\nprice = {currency = "CNY", input = 0, output = 1}'
     )
     provider, model = catalogue.providers["one"], catalogue.models["m"]
-    assert (provider.api, provider.api_key_env, provider.headers) == ("chat", None, {})
+    assert (provider.apis, provider.api_key_env, provider.headers) == (("chat",), None, {})
     assert (model.upstream_name, model.max_output_tokens, model.context_tokens, model.defaults) == (
         None,
         None,

@@ -133,6 +133,7 @@ def members(record: Mapping[str, Any]) -> str:
 
 def seal(ending: Ending, log: AttemptLog, usage: UsageRecord | None, position: Position) -> Sealed:
     """The last records of a job: what its attempt has produced, and how it ended, at `position`."""
+    pcm, transcript = log.audio()
     generation = Generation(
         status=ending.status,
         position=position,
@@ -140,6 +141,9 @@ def seal(ending: Ending, log: AttemptLog, usage: UsageRecord | None, position: P
         reasoning=log.text(REASONING),
         refusal=log.text(REFUSAL),
         tool_calls=log.tool_calls(),
+        pcm=pcm,
+        transcript=transcript,
+        annotations=log.annotations(),
         finish_reason=ending.finish_reason,
         usage=usage,
         failure=ending.failure,
@@ -147,6 +151,7 @@ def seal(ending: Ending, log: AttemptLog, usage: UsageRecord | None, position: P
         attempt_no=usage.attempt_no if usage else 0,
         model=usage.model if usage else None,
         provider=usage.provider if usage else None,
+        api=usage.api if usage else None,
     )
     data = orjson.dumps(ending.data(usage))
     note = orjson.dumps(usage.to_json()) if usage else b""

@@ -5,14 +5,15 @@ takes over a hundred. Entry n of the log has seq n + 1 in the stream; seq 0 is `
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from deltafan._events import CONTENT, REASONING, REFUSAL, TOOL_CALL, Delta, Event
-from deltafan._fold import ToolCall, merge_tool_calls
+from deltafan._events import ANNOTATION, AUDIO, CONTENT, REASONING, REFUSAL, TOOL_CALL, Delta, Event
+from deltafan._fold import ToolCall, merge_audio, merge_tool_calls
 from deltafan._position import Position
 from deltafan._resp import pack
 
-_TYPES = (CONTENT, REASONING, REFUSAL, TOOL_CALL)
+_TYPES = (CONTENT, REASONING, REFUSAL, TOOL_CALL, AUDIO, ANNOTATION)
 _CODES = {name: code for code, name in enumerate(_TYPES)}
 # What stands between an entry's id and the length of its data, for each type.
 _MIDDLES = tuple(pack("type", name, "data").split(b"\r\n", 1)[1] for name in _TYPES)
@@ -60,9 +61,20 @@ class AttemptLog:
 
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """All tool calls, joined from their fragments."""
-        if _CODES[TOOL_CALL] not in self._codes:
-            return ()
-        return merge_tool_calls(event.tool_call for event in self.events(0) if event.type == TOOL_CALL)
+        return merge_tool_calls(event.tool_call for event in self._of(TOOL_CALL))
+
+    def audio(self) -> tuple[bytes, str]:
+        """All speech and its transcript."""
+        return merge_audio(event.audio for event in self._of(AUDIO))
+
+    def annotations(self) -> tuple[Mapping[str, Any], ...]:
+        """All sources."""
+        return tuple(event.payload for event in self._of(ANNOTATION))
+
+    def _of(self, kind: str) -> list[Event]:
+        if _CODES[kind] not in self._codes:
+            return []
+        return [event for event in self.events(0) if event.type == kind]
 
     def commands(self, head: bytes, attempt: int, first: int) -> list[bytes]:
         """The XADD commands that append entries `first` … to a stream, packed; `head` is the stream's append_head."""

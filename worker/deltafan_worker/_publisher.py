@@ -93,6 +93,11 @@ class Publisher:
                 refused = True
                 await asyncio.sleep(_RETRY_PAUSE_S)
 
+    def send(self, command: bytes, handler: Handler) -> None:
+        """Send a command whose loss does no harm; without a connection it is not sent, and nobody is told."""
+        if self._connection is not None:
+            self._connection.send(command, (handler,))
+
     async def is_durable(self, state_key: str) -> bool:
         """Whether the write just made on this connection has reached the configured replicas and still stands.
 

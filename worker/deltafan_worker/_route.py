@@ -1,7 +1,7 @@
 """Where a model call goes: everything the worker needs to know of a provider, resolved."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deltafan_worker._usage import Price
@@ -20,6 +20,10 @@ class Timeouts:
     """Between data frames, after the first delta."""
     total_s: float = 3600.0
 
+    def over(self, given: Mapping[str, float]) -> "Timeouts":
+        """These, but for those that are given."""
+        return replace(self, **given) if given else self
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
@@ -31,6 +35,8 @@ class Route:
     """The name the provider knows."""
     url: str
     """The endpoint itself."""
+    other_url: str | None = None
+    """Where the model is if it is not there; only DashScope's native API has two places."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """With the key inside, hence not in the repr."""
     defaults: Mapping[str, Any] = field(default_factory=dict)

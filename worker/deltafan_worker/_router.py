@@ -1,12 +1,25 @@
 """From the catalogue an operator edits to the routes the worker calls."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from deltafan_config import Catalogue, MissingKey, Settings
+from deltafan._errors import DeltafanError
+from deltafan_config import Catalogue, MissingKey, Provider, Settings
 from deltafan_config import Route as ConfiguredRoute
+from deltafan_worker._apis import APIS
 from deltafan_worker._route import Route, Timeouts
 
-_ENDPOINTS = {"chat": "/chat/completions"}
+
+class UnsupportedApi(DeltafanError):
+    """None of a model's providers speaks the API that a request is written for."""
+
+    code = "unsupported_api"
+
+    def __init__(self, model: str, api: str, providers: Iterable[Provider]) -> None:
+        spoken = "; ".join(f"{provider.name} speaks {', '.join(provider.apis)}" for provider in providers)
+        super().__init__(
+            f"model {model[:128]!r} is not served through api={api!r} ({spoken}); "
+            "submit with an api that is, or add it to the provider in the catalogue"
+        )
 
 
 class Router:
@@ -17,34 +30,41 @@ class Router:
         self._settings = settings
         self._env = env
 
-    def __call__(self, model: str) -> tuple[Route, ...]:
+    def __call__(self, model: str, api: str) -> tuple[Route, ...]:
         """The routes to try, in order; providers whose key is not set are passed over while there are others.
 
         Raises:
             UnknownModel: nobody serves the model.
+            UnsupportedApi: nobody serves it through this API.
             MissingKey: no provider's key is set.
         """
+        configured = self._catalogue.resolve(model)
+        speaking = [route for route in configured if api in route.provider.apis]
+        if not speaking:
+            raise UnsupportedApi(model, api, [route.provider for route in configured])
         routes: list[Route] = []
         missing: MissingKey | None = None
-        for route in self._catalogue.resolve(model):
+        for route in speaking:
             try:
-                routes.append(self._route(route))
+                routes.append(self._route(route, api))
             except MissingKey as error:
                 missing = missing or error
         if not routes and missing is not None:
             raise missing
         return tuple(routes)
 
-    def _route(self, route: ConfiguredRoute) -> Route:
+    def _route(self, route: ConfiguredRoute, api: str) -> Route:
         provider = route.provider
+        url, *others = (provider.base_url + path for path in APIS[api].paths(route.model))
         headers = dict(provider.headers)
         if (key := provider.api_key(self._env)) is not None:
             headers["Authorization"] = f"Bearer {key.get_secret_value()}"
         return Route(
             provider=provider.name,
-            api=provider.api,
+            api=api,
             model=route.model,
-            url=provider.base_url + _ENDPOINTS[provider.api],
+            url=url,
+            other_url=others[0] if others else None,
             headers=headers,
             defaults=route.defaults,
             price=route.price,

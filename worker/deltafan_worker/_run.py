@@ -1,41 +1,35 @@
 """The job function: one prompt job from claim to terminal entry."""
 
 import asyncio
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from typing import Any, TypeAlias
 from uuid import uuid4
 
-import aiohttp
 import orjson
 
 from deltafan._errors import DeltafanError, InvalidRequest
-from deltafan._events import FAILED, Delta
+from deltafan._events import FAILED
 from deltafan._lua import load
 from deltafan._position import Position
 from deltafan._request import JobRequest, check_job_id, parse_request
 from deltafan._retention import Retention
 from deltafan._usage import CallOutcome, UsageRecord
-from deltafan_worker._chat import ChatDecoder
+from deltafan_worker._calls import ModelCalls
 from deltafan_worker._claim import Claim, Leave
 from deltafan_worker._ending import CallMeter, Ending, members, seal
 from deltafan_worker._interrupt import Interrupt, Reason
 from deltafan_worker._publisher import Publisher
-from deltafan_worker._retry import pause_before
 from deltafan_worker._route import Route
-from deltafan_worker._upstream import stream_generation
-from deltafan_worker._upstream_error import UpstreamError
 from deltafan_worker._writer import Begun, Call, Ended, NotOurs, RunLimits, Sealed, StreamWriter
 
 RELEASE_DELAY_MS = 1000
 """A job that turned out to be another's is left to its owner for this long."""
 
-Resolve: TypeAlias = Callable[[str], Sequence[Route]]
-"""From a model's name to the providers to try, in order. Raises DeltafanError for a name that leads nowhere."""
+Resolve: TypeAlias = Callable[[str, str], Sequence[Route]]
+"""From a model's name and an API to the providers to try, in order. Raises DeltafanError where that leads nowhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,20 +49,18 @@ class JobRunner:
         self,
         *,
         publisher: Publisher,
-        session: aiohttp.ClientSession,
+        calls: ModelCalls,
         resolve: Resolve,
         retention: Retention,
         worker: str,
         max_attempts: int = 3,
-        max_retries: int = 3,
     ) -> None:
         self._publisher = publisher
-        self._session = session
+        self._calls = calls
         self._resolve = resolve
         self._retention = retention
         self._worker = worker
         self._max_attempts = max_attempts
-        self._max_retries = max_retries
 
     async def generate(self, ctx: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
         """Generate one job's answer into its stream, and tell the claim how to leave the queue.
@@ -105,7 +97,12 @@ class JobRunner:
         try:
             check_job_id(job_id)
             request = parse_request(fields)
-            return _Job(id=job_id, request=request, routes=self._resolve(request.model))
+            timeouts = request.timeouts.model_dump(exclude_none=True) if request.timeouts else {}
+            routes = [
+                replace(route, timeouts=route.timeouts.over(timeouts))
+                for route in self._resolve(request.model, request.api)
+            ]
+            return _Job(id=job_id, request=request, routes=routes)
         except DeltafanError as error:
             code = "invalid_request" if isinstance(error, InvalidRequest) else error.code
             return _Job(id=job_id, refusal=Ending.failed(code, str(error)))
@@ -114,6 +111,7 @@ class JobRunner:
         """Run attempts until one ends the job, or it is another's."""
         limits = RunLimits(self._max_attempts, job.request.on_interrupt if job.request else "restart")
         meter, note = self._meter(job), b""
+        self._calls.prepare(job.routes)
         verdict = await writer.begin(self._call(meter), limits)
         while isinstance(verdict, Begun):
             ending = await self._generate(job, writer, meter)
@@ -134,51 +132,13 @@ class JobRunner:
             return job.refusal
         deadline_ms = job.request.deadline_ms
         remaining_s = None if deadline_ms is None else max(0.0, deadline_ms / 1000 - time.time())
-        call = self._call_with_retries(job.routes, job.request.body, writer, meter)
+        call = self._calls.answer(job.routes, job.request.body, writer, meter)
         ending = await writer.interrupt.run(call, within_s=remaining_s)
         if ending is not None:
             return ending
         if writer.interrupt.reason is Reason.ABORTED:
             await self._record_cancel(writer)
         return _ending_of(writer.interrupt)
-
-    async def _call_with_retries(
-        self, routes: Sequence[Route], body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter
-    ) -> Ending:
-        """Call the model, again and elsewhere if need be, as long as no delta has been published."""
-        last = UpstreamError(code="no_provider", message="no provider is configured", retryable=False)
-        for route in routes:
-            for retry in count(1):
-                try:
-                    return await self._call_once(route, body, writer, meter)
-                except UpstreamError as error:
-                    last = error
-                if len(writer.log):
-                    return Ending.failed(last.code, last.message, retryable=last.retryable)
-                pause_s = pause_before(retry, last, max_retries=self._max_retries, jitter=random.random())
-                if pause_s is None:
-                    break
-                await asyncio.sleep(pause_s)
-            if not last.retryable:
-                break
-        return Ending.failed(last.code, last.message, retryable=last.retryable)
-
-    async def _call_once(self, route: Route, body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter) -> Ending:
-        decoder = ChatDecoder()
-        clock = asyncio.get_running_loop().time
-
-        def publish(deltas: list[Delta]) -> None:
-            writer.extend(deltas)
-            if meter.deltas == 0:
-                meter.first_delta_s = clock()
-            meter.deltas += len(deltas)
-
-        meter.route, meter.started_at_ms, meter.started_s = route, time.time_ns() // 1_000_000, clock()
-        try:
-            completion = await stream_generation(self._session, route, body, decoder, publish)
-        finally:
-            meter.ended_s, meter.raw_usage, meter.response_id = clock(), decoder.usage, decoder.response_id
-        return Ending.completed(completion.finish_reason)
 
     def _may_restart(self, job: _Job, writer: StreamWriter, ending: Ending) -> bool:
         """Whether an answer that broke after its first delta is generated again, visibly to its readers."""

@@ -19,9 +19,15 @@ class ToolCallMerger:
         self._by_id: dict[str, int] = {}
         self._ids: list[str] = []
         self._named: set[int] = set()
+        self._snapshots: dict[int, str] = {}
 
-    def take(self, fragment: Mapping[str, Any]) -> tuple[int, str | None, str | None, str] | None:
-        """Index, id, name and arguments to publish (id and name only when they are news); None for nothing new."""
+    def take(
+        self, fragment: Mapping[str, Any], *, is_snapshot: bool = False
+    ) -> tuple[int, str | None, str | None, str] | None:
+        """Index, id, name and arguments to publish (id and name only when they are news); None for nothing new.
+
+        A snapshot has the arguments so far, not a piece of them.
+        """
         function = fragment.get("function")
         function = function if isinstance(function, dict) else {}
         given = fragment.get("id")
@@ -36,9 +42,20 @@ class ToolCallMerger:
         if news_name:
             self._named.add(index)
         arguments = _arguments(function.get("arguments"))
+        if is_snapshot:
+            arguments = self._news(index, arguments)
         if not (is_new or news_id or news_name or arguments):
             return None
         return index, news_id, news_name, arguments
+
+    def _news(self, index: int, arguments: str) -> str:
+        before = self._snapshots.get(index, "")
+        if before.startswith(arguments):
+            return ""
+        if not arguments.startswith(before):  # a piece after all
+            arguments = before + arguments
+        self._snapshots[index] = arguments
+        return arguments[len(before) :]
 
     def _locate(self, position: Any, id_: str) -> tuple[int, bool]:
         if isinstance(position, int):

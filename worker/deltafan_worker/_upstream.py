@@ -12,22 +12,15 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
-import orjson
 
 from deltafan._events import Delta
+from deltafan_worker._apis import request_of
 from deltafan_worker._decoder import Completion, Decoder
 from deltafan_worker._route import Route
 from deltafan_worker._upstream_error import UpstreamError, from_response
 from deltafan_worker._watchdog import Silence, Watchdog
 
 MAX_ERROR_BYTES = 64 * 1024
-
-
-def chat_body(route: Route, body: Mapping[str, Any]) -> bytes:
-    """The request as it is sent: the caller's body, streaming and usage forced."""
-    options = body.get("stream_options") or {}
-    forced = {"model": route.model, "stream": True, "stream_options": {**options, "include_usage": True}}
-    return orjson.dumps({**route.defaults, **body, **forced})
 
 
 async def stream_generation(
@@ -45,7 +38,7 @@ async def stream_generation(
     timeouts = route.timeouts
     try:
         async with asyncio.timeout(timeouts.total_s), Watchdog(timeouts.first_delta_s, timeouts.silence_s) as watchdog:
-            async with _post(session, route, chat_body(route, body)) as response:
+            async with _post(session, route, body) as response:
                 return await _pump(response, decoder, publish, watchdog)
     except Silence as silence:
         raise UpstreamError(code=silence.code, message=str(silence), retryable=True) from None
@@ -86,11 +79,13 @@ def _publish_decoded(decoder: Decoder, publish: Callable[[list[Delta]], None]) -
 
 
 @asynccontextmanager
-async def _post(session: aiohttp.ClientSession, route: Route, body: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
-    headers = {"Content-Type": "application/json", "Accept": "text/event-stream", **route.headers}
+async def _post(
+    session: aiohttp.ClientSession, route: Route, body: Mapping[str, Any]
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    data, headers = request_of(route, body)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=route.timeouts.connect_s)
     try:
-        request = session.post(route.url, data=body, headers=headers, timeout=timeout, allow_redirects=False)
+        request = session.post(route.url, data=data, headers=headers, timeout=timeout, allow_redirects=False)
         async with request as response:
             if response.status != 200:
                 detail = await response.content.read(MAX_ERROR_BYTES)

@@ -50,6 +50,19 @@ _RETRYABLE_CODES = frozenset(
 _EXHAUSTED = re.compile(
     r"exhausted|exceeded your current quota|month|billing|plan and billing|free tier|token-plan", re.IGNORECASE
 )
+# What a request gets anywhere: no other provider would take it either. All other refusals are one account's own.
+_REFUSED_EVERYWHERE = frozenset(
+    {
+        "data_inspection_failed",
+        "datainspectionfailed",
+        "invalid_prompt",
+        "invalid_request_error",
+        "invalid_parameter_error",
+        "invalidparameter",
+        "content_filter",
+    }
+)
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
 _STATUS_IN_TEXT = re.compile(r"HTTP_STATUS/(\d{3})")
 
 
@@ -73,6 +86,26 @@ class UpstreamError(Exception):
         self.retry_after_s = retry_after_s
         self.request_id = request_id
         super().__init__(self.message)
+
+    @property
+    def is_rate_limit(self) -> bool:
+        """Whether the provider asks for less, of this fleet as a whole."""
+        limited = self.status == 429 or self.code.lower().startswith(("throttling", "limit_", "rate_limit"))
+        return limited and self.retryable
+
+    @property
+    def is_refused_everywhere(self) -> bool:
+        """Whether the request itself is at fault, so that no other provider need be asked."""
+        if self.retryable:
+            return False
+        return self.code.lower() in _REFUSED_EVERYWHERE or (
+            self.status in (400, 413, 422) and self.code.lower() not in _PERMANENT_CODES
+        )
+
+    @property
+    def is_wrong_path(self) -> bool:
+        """Whether the model lives on the other one of DashScope's two paths."""
+        return "url error" in self.message.lower()
 
     def __repr__(self) -> str:
         # Without the message: providers quote the prompt in it.
@@ -171,12 +204,33 @@ def _retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
     if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
         return milliseconds / 1000
     value = headers.get("retry-after")
-    if value is None or (seconds := _number(value)) is not None:
-        return seconds if value is not None else None
+    if value is None:
+        return _limit_reset_s(headers)
+    if (seconds := _number(value)) is not None:
+        return seconds
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - now_s)
     except ValueError:
         return None
+
+
+def _limit_reset_s(headers: Mapping[str, str]) -> float | None:
+    """When the limit that is used up is full again, as OpenAI's headers tell; None when none of them says so."""
+    waits = [
+        _duration_s(headers.get(f"x-ratelimit-reset-{kind}"))
+        for kind in ("requests", "tokens")
+        if _number(headers.get(f"x-ratelimit-remaining-{kind}")) == 0
+    ]
+    return max((wait for wait in waits if wait is not None), default=None)
+
+
+def _duration_s(text: str | None) -> float | None:
+    """A duration as Go writes it: 12ms, 1m30.5s."""
+    match = _DURATION.fullmatch(text.strip()) if text and text.strip() else None
+    if match is None:
+        return None
+    hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
 
 
 def _number(value: str | None) -> float | None:

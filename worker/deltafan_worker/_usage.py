@@ -1,7 +1,7 @@
 """Token counts: one shape for every API's usage object, an estimate where there is none, and what they cost.
 
-Cached and cache-written tokens are inside the input, reasoning tokens inside the output. An explicit 0 is a count;
-None means that nobody said.
+Cached, cache-written and audio tokens are inside the input, reasoning and audio tokens inside the output. An explicit
+0 is a count; None means that nobody said.
 """
 
 import math
@@ -33,6 +33,10 @@ class Price(Protocol):
     def cache_write(self) -> float | None: ...
     @property
     def reasoning(self) -> float | None: ...
+    @property
+    def input_audio(self) -> float | None: ...
+    @property
+    def output_audio(self) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,8 @@ class TokenCounts:
     cached_input_tokens: int | None = None
     cache_write_tokens: int | None = None
     reasoning_tokens: int | None = None
+    input_audio_tokens: int | None = None
+    output_audio_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +69,20 @@ def normalise(raw: Mapping[str, Any]) -> TokenCounts:
     if total is None and input_tokens is not None and output_tokens is not None:
         total = input_tokens + output_tokens
     inside_input, inside_output = _details(raw, _INPUT_DETAILS), _details(raw, _OUTPUT_DETAILS)
-    cached = _count(inside_input, "cached_tokens")
+    # DashScope's Responses tells of cache writes only in a copy of the bill.
+    inside_cache = {**_billed_input(raw), **inside_input}
+    cached = _count(inside_cache, "cached_tokens")
+    heard = _count(inside_input, "audio_tokens")
     reasoning = _count(inside_output, "reasoning_tokens")
     return TokenCounts(
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         total_tokens=total,
         cached_input_tokens=cached if cached is not None else _count(raw, "prompt_cache_hit_tokens"),
-        cache_write_tokens=_count(inside_input, "cache_creation_input_tokens", "cache_write_tokens"),
+        cache_write_tokens=_count(inside_cache, "cache_creation_input_tokens", "cache_write_tokens"),
         reasoning_tokens=reasoning if reasoning is not None else _count(raw, "reasoning_tokens"),
+        input_audio_tokens=heard if heard is not None else _count(raw, "audio_tokens"),
+        output_audio_tokens=_count(inside_output, "audio_tokens"),
     )
 
 
@@ -89,13 +100,17 @@ def cost(counts: TokenCounts, price: Price | None) -> Cost:
         return Cost(currency=price.currency, note=f"the {missing} tokens are not known")
     cached = min(counts.cached_input_tokens or 0, counts.input_tokens)
     written = min(counts.cache_write_tokens or 0, counts.input_tokens - cached)
+    heard = min(counts.input_audio_tokens or 0, counts.input_tokens - cached - written)
     reasoning = min(counts.reasoning_tokens or 0, counts.output_tokens)
+    spoken = min(counts.output_audio_tokens or 0, counts.output_tokens - reasoning)
     amount = (
-        (counts.input_tokens - cached - written) * price.input
+        (counts.input_tokens - cached - written - heard) * price.input
         + cached * _or(price.cached_input, price.input)
         + written * _or(price.cache_write, price.input)
-        + (counts.output_tokens - reasoning) * price.output
+        + heard * _or(price.input_audio, price.input)
+        + (counts.output_tokens - reasoning - spoken) * price.output
         + reasoning * _or(price.reasoning, price.output)
+        + spoken * _or(price.output_audio, price.output)
     )
     return Cost(round(amount / _MILLION, 10), price.currency)
 
@@ -105,7 +120,18 @@ def _or(value: float | None, default: float) -> float:
 
 
 def _details(raw: Mapping[str, Any], names: tuple[str, ...]) -> Mapping[str, Any]:
-    return next((raw[name] for name in names if isinstance(raw.get(name), dict)), {})
+    """All details of one side; DashScope's native API spreads the input's over both names."""
+    found: dict[str, Any] = {}
+    for name in names:
+        given = raw.get(name)
+        found |= given if isinstance(given, dict) else {}
+    return found
+
+
+def _billed_input(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    copies = raw.get("x_details")
+    first = copies[0] if isinstance(copies, list) and copies else None
+    return _details(first, _INPUT_DETAILS) if isinstance(first, dict) else {}
 
 
 def _count(data: Mapping[str, Any], *names: str) -> int | None:

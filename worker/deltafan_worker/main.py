@@ -19,7 +19,9 @@ from redis.exceptions import RedisError
 from deltafan._keys import FUNCTION, LANES, Keys
 from deltafan._url import masked_url
 from deltafan_config import Catalogue, Settings
+from deltafan_worker._calls import ModelCalls
 from deltafan_worker._cancels import listen_for_cancels
+from deltafan_worker._cooldown import Cooldowns
 from deltafan_worker._leased import BEAT_S, LeasedWorker, WorkerOptions
 from deltafan_worker._publisher import Publisher
 from deltafan_worker._router import Router
@@ -68,12 +70,11 @@ async def open_worker(
     async with _queue_pool(settings) as pool, _http_session() as session:
         runner = JobRunner(
             publisher=publisher,
-            session=session,
+            calls=ModelCalls(session, Cooldowns(keys, publisher.send), max_retries=settings.max_retries),
             resolve=Router(Catalogue.load(settings.models), settings, env),
             retention=settings.retention,
             worker=options.name,
             max_attempts=settings.max_attempts,
-            max_retries=settings.max_retries,
         )
         generate = func(runner.generate, name=FUNCTION)
         worker = LeasedWorker([generate], options, pool=pool, keys=keys, on_unrun=runner.end_unrun)

@@ -1,0 +1,89 @@
+"""The next turn of a conversation: what of a generation, and of its tools' results, goes back to the model.
+
+Each API has its own form for it, and each model its own wish about reasoning: most ignore it, some refuse it, some
+answer 400 without it. The rules are those of the providers' documentation as of November 2026.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltafan._fold import Generation, ToolCall
+
+_WANTS_REASONING = re.compile(r"qwen3\.8-(max|flash|omni-flash)|kimi-k2\.7", re.IGNORECASE)
+"""Models whose `preserve_thinking` is on by default: every assistant message carries its whole reasoning."""
+_WANTS_REASONING_WITH_TOOLS = re.compile(r"deepseek", re.IGNORECASE)
+"""In thinking mode, once a tool has been called, even an empty one must come back."""
+
+
+def to_messages(generation: "Generation", *, reasoning: bool | None = None) -> list[dict[str, Any]]:
+    """See `Generation.to_messages`."""
+    if generation.api == "responses":
+        return _to_items(generation)
+    message: dict[str, Any] = {"role": "assistant", "content": generation.content}
+    wanted = _wants_reasoning(generation) if reasoning is None else reasoning
+    if wanted:
+        message["reasoning_content"] = generation.reasoning
+    if generation.refusal and generation.api != "dashscope":
+        message["refusal"] = generation.refusal
+    if generation.tool_calls:
+        message["tool_calls"] = [_call(call) for call in generation.tool_calls]
+        if generation.api == "dashscope":
+            message["tool_calls"] = [{"index": index, **call} for index, call in enumerate(message["tool_calls"])]
+    return [message]
+
+
+def tool_messages(api: str, results: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The answers to tool calls, by call id, in the API's form."""
+    if api == "responses":
+        return [{"type": "function_call_output", "call_id": id_, "output": text} for id_, text in results.items()]
+    return [{"role": "tool", "tool_call_id": id_, "content": text} for id_, text in results.items()]
+
+
+def conversation(api: str, body: Mapping[str, Any]) -> list[Any]:
+    """The messages (or items) that a request body holds."""
+    found: Any = body.get("messages")
+    if api == "responses":
+        found = body.get("input")
+        if isinstance(found, str):
+            return [{"role": "user", "content": found}]
+    elif api == "dashscope":
+        given = body.get("input")
+        found = given.get("messages") if isinstance(given, Mapping) else None
+    return list(found) if isinstance(found, (list, tuple)) else []
+
+
+def with_conversation(api: str, body: Mapping[str, Any], messages: Sequence[Any]) -> dict[str, Any]:
+    """The body with its messages (or items) replaced."""
+    if api == "responses":
+        return {**body, "input": list(messages)}
+    if api == "dashscope":
+        given = body.get("input")
+        return {**body, "input": {**(given if isinstance(given, Mapping) else {}), "messages": list(messages)}}
+    return {**body, "messages": list(messages)}
+
+
+def _wants_reasoning(generation: "Generation") -> bool:
+    names = f"{generation.provider}/{generation.model}"
+    if generation.api == "dashscope":  # does not take it as input
+        return False
+    if _WANTS_REASONING.search(names):
+        return bool(generation.reasoning)
+    return bool(generation.tool_calls and _WANTS_REASONING_WITH_TOOLS.search(names))
+
+
+def _call(call: "ToolCall") -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function, **(call.extra or {})}
+
+
+def _to_items(generation: "Generation") -> list[dict[str, Any]]:
+    """Input items without ids: with them the provider would ask for the reasoning items that belong to them."""
+    items: list[dict[str, Any]] = []
+    if text := generation.content or generation.refusal:
+        items.append({"role": "assistant", "content": text})
+    for call in generation.tool_calls:
+        name_and_arguments = {"name": call.name, "arguments": call.arguments}
+        items.append({"type": "function_call", "call_id": call.id, **name_and_arguments})
+    return items

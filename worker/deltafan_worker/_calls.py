@@ -1,0 +1,115 @@
+"""An answer from whichever provider gives one: retries in place, other paths, other providers, cool-downs.
+
+All of it only before the first delta. What breaks after that is for the run to begin anew, visibly.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import aiohttp
+
+from deltafan._events import Delta
+from deltafan_worker._apis import APIS
+from deltafan_worker._cooldown import Cooldowns
+from deltafan_worker._ending import CallMeter, Ending
+from deltafan_worker._retry import FIRST_PAUSE_S, pause_before
+from deltafan_worker._route import Route
+from deltafan_worker._upstream import stream_generation
+from deltafan_worker._upstream_error import UpstreamError
+from deltafan_worker._writer import StreamWriter
+
+_WAITS = 3
+"""So often a job waits for a cool-down that others renew, before it sees for itself."""
+
+
+class ModelCalls:
+    """Makes the model calls of a process. Cancelling one closes its connection."""
+
+    def __init__(self, session: aiohttp.ClientSession, cooldowns: Cooldowns, *, max_retries: int) -> None:
+        self._session = session
+        self._cooldowns = cooldowns
+        self._max_retries = max_retries
+        self._moved: dict[tuple[str, str], str] = {}
+
+    def prepare(self, routes: Sequence[Route]) -> None:
+        """Learn what the fleet knows of these providers; to be called a round trip before `answer`."""
+        self._cooldowns.refresh(routes)
+
+    async def answer(
+        self, routes: Sequence[Route], body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter
+    ) -> Ending:
+        """Stream one answer into the writer. Never raises for what a provider does."""
+        last = UpstreamError(code="no_provider", message="no provider is configured", retryable=False)
+        remaining = sorted(routes, key=lambda route: self._cooldowns.left_s(route) > 0)
+        while remaining:
+            route = remaining.pop(0)
+            try:
+                return await self._ask(route, body, writer, meter, has_others=bool(remaining))
+            except UpstreamError as error:
+                last = error
+            if len(writer.log) or last.is_refused_everywhere:
+                break
+        return Ending.failed(last.code, last.message, retryable=last.retryable)
+
+    async def _ask(
+        self, route: Route, body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter, *, has_others: bool
+    ) -> Ending:
+        """Try one provider, as often as it may help."""
+        for retry in count(1):
+            await self._wait_out(route)
+            try:
+                return await self._find_and_call(route, body, writer, meter)
+            except UpstreamError as error:
+                pause_s = pause_before(retry, error, max_retries=self._max_retries, jitter=random.random())
+                if error.is_rate_limit:
+                    self._cooldowns.note(route, error.retry_after_s or pause_s or FIRST_PAUSE_S)
+                if pause_s is None or len(writer.log) or (error.is_rate_limit and has_others):
+                    raise
+            self._cooldowns.refresh((route,))
+            await asyncio.sleep(pause_s)
+        raise AssertionError("count() has no end")
+
+    async def _wait_out(self, route: Route) -> None:
+        for _ in range(_WAITS):
+            if (left_s := self._cooldowns.left_s(route)) <= 0:
+                return
+            # Not all at once when it is over.
+            await asyncio.sleep(left_s + random.random() * min(left_s, 1.0))
+            self._cooldowns.refresh((route,))
+
+    async def _find_and_call(
+        self, route: Route, body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter
+    ) -> Ending:
+        """Call the model where it was found last, and once where else it can be."""
+        place = (route.provider, route.model)
+        if route.other_url is not None and self._moved.get(place) == route.other_url:
+            route = replace(route, url=route.other_url, other_url=route.url)
+        try:
+            return await self._call(route, body, writer, meter)
+        except UpstreamError as error:
+            if not error.is_wrong_path or route.other_url is None or len(writer.log):
+                raise
+        self._moved[place] = route.other_url
+        return await self._call(replace(route, url=route.other_url, other_url=None), body, writer, meter)
+
+    async def _call(self, route: Route, body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter) -> Ending:
+        decoder = APIS[route.api].decoder(route.model)
+        clock = asyncio.get_running_loop().time
+
+        def publish(deltas: list[Delta]) -> None:
+            writer.extend(deltas)
+            if meter.deltas == 0:
+                meter.first_delta_s = clock()
+            meter.deltas += len(deltas)
+
+        meter.route, meter.started_at_ms, meter.started_s = route, time.time_ns() // 1_000_000, clock()
+        try:
+            completion = await stream_generation(self._session, route, body, decoder, publish)
+        finally:
+            meter.ended_s, meter.raw_usage, meter.response_id = clock(), decoder.usage, decoder.response_id
+        return Ending.completed(completion.finish_reason)

@@ -1,0 +1,207 @@
+"""What the decoders of all APIs share: frames of JSON in, deltas out, the first error last."""
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from deltafan._events import ANNOTATION, AUDIO, TOOL_CALL, Delta, audio_data, tool_call_data
+from deltafan_worker._sse import SseDecoder, SseEvent, SseLimitExceeded
+from deltafan_worker._upstream_error import UpstreamError
+
+TRUNCATED = "the stream ended before the answer did"
+
+
+class FrameDecoder:
+    """Base of the decoders. A subclass takes each frame's object in `_take_object` and says how it all ended."""
+
+    def __init__(self) -> None:
+        self.frames = 0
+        self.finished = False
+        self.usage: Mapping[str, Any] | None = None
+        self.response_id: str | None = None
+        self._sse = SseDecoder()
+        self._deltas: deque[Delta] = deque()
+        self._error: UpstreamError | None = None
+        self._said_something = False
+        self._held: dict[str, str] = {}
+        self._audio_rest = ""
+        self._annotations: set[bytes] = set()
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the stream."""
+        self._sse.feed(data)
+
+    def feed_whole(self, body: bytes) -> None:
+        """Take the one JSON object of a server that ignored the wish for a stream."""
+        self._take_frame(SseEvent(b"", body, None))
+        self.finished = True
+
+    def end(self) -> None:
+        """There are no more bytes."""
+        self._sse.end()
+
+    def next_delta(self) -> Delta | None:
+        """The next delta, or None when more bytes are needed.
+
+        Raises:
+            UpstreamError: an error inside the 200; all deltas before it have been given.
+        """
+        while not self._deltas:
+            if self._error is not None:
+                raise self._error
+            try:
+                event = self._sse.next_event()
+            except SseLimitExceeded as error:
+                self._error = UpstreamError(code="frame_too_long", message=str(error), retryable=False)
+                continue
+            if event is None:
+                return None
+            self._take_frame(event)
+        return self._deltas.popleft()
+
+    def _take_object(self, frame: dict[str, Any], event: SseEvent) -> None:
+        """Take one frame; called until there is an error."""
+        raise NotImplementedError
+
+    def _take_frame(self, event: SseEvent) -> None:
+        data = event.data
+        if data.startswith(b"[DONE]"):
+            self.finished = True
+            return
+        try:
+            frame = parse_object(data)
+        except ValueError:
+            self._take_lines(event)
+            return
+        self.frames += 1
+        if self._error is None:
+            self._take_object(frame, event)
+
+    def _take_lines(self, event: SseEvent) -> None:
+        """Frames of a server that leaves out the blank lines between them, or no frame at all."""
+        lines = [line for line in event.data.split(b"\n") if line.strip()]
+        if len(lines) > 1:
+            for line in lines:
+                self._take_frame(event._replace(data=line))
+        elif self._error is None:
+            message = "the provider sent a frame that is not a JSON object"
+            self._error = UpstreamError(code="bad_frame", message=message, retryable=True)
+
+    def _note_usage(self, usage: Any) -> None:
+        if usage and isinstance(usage, dict):
+            self.usage = usage
+
+    def _note_id(self, identifier: Any) -> None:
+        if self.response_id is None and identifier and isinstance(identifier, str):
+            self.response_id = identifier
+
+    def _emit(self, kind: str, value: Any) -> None:
+        text = value if isinstance(value, str) else text_of(value)
+        if self._held:
+            text = self._held.pop(kind, "") + text
+        if not text:
+            return
+        self._said_something = True
+        try:
+            self._deltas.append(Delta(kind, text.encode()))
+        except UnicodeEncodeError:
+            self._emit_surrogates(kind, text)
+
+    def _emit_surrogates(self, kind: str, text: str) -> None:
+        """Text with halves of UTF-16 pairs: join what belongs together, also over two deltas; replace the rest."""
+        if "\ud800" <= text[-1] <= "\udbff":
+            self._held[kind] = text[-1]
+            text = text[:-1]
+        if text:
+            self._deltas.append(Delta(kind, whole_characters(text).encode()))
+
+    def _release_held(self) -> None:
+        """The answer is over: what waited for its other half will not get it."""
+        while self._held:
+            kind, _ = self._held.popitem()
+            self._deltas.append(Delta(kind, "\N{REPLACEMENT CHARACTER}".encode()))
+
+    def _emit_tool_call(
+        self,
+        index: int,
+        *,
+        call_id: str | None = None,
+        name: str | None = None,
+        arguments: str = "",
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._said_something = True
+        try:
+            data = tool_call_data(index, call_id=call_id, name=name, arguments=arguments, extra=extra)
+        except TypeError:  # orjson's word for halves of UTF-16 pairs
+            pieces = [None if text is None else whole_characters(text) for text in (call_id, name, arguments)]
+            data = tool_call_data(index, call_id=pieces[0], name=pieces[1], arguments=pieces[2] or "")
+        self._deltas.append(Delta(TOOL_CALL, data))
+
+    def _emit_audio(self, base64: Any, transcript: Any) -> None:
+        """Each entry's base64 is whole, wherever the provider cuts it."""
+        text = self._audio_rest + (base64 if isinstance(base64, str) else "")
+        whole = text if text.endswith("=") else text[: len(text) - len(text) % 4]
+        self._audio_rest = text[len(whole) :]
+        words = whole_characters(transcript) if isinstance(transcript, str) else ""
+        if whole or words:
+            self._said_something = True
+            self._deltas.append(Delta(AUDIO, audio_data(whole, words)))
+
+    def _emit_annotations(self, annotations: Any) -> None:
+        """Sources, each once: servers repeat the list of them with every frame."""
+        for annotation in annotations if isinstance(annotations, list) else ():
+            if not isinstance(annotation, dict) or not annotation:
+                continue
+            data = whole_characters(json.dumps(annotation, ensure_ascii=False, separators=(",", ":"))).encode()
+            if data not in self._annotations:
+                self._annotations.add(data)
+                self._deltas.append(Delta(ANNOTATION, data))
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """A frame's object.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        frame = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        frame = _parse_leniently(data)
+    if not isinstance(frame, dict):
+        raise ValueError("not an object")
+    return frame
+
+
+def _parse_leniently(data: bytes) -> Any:
+    """What orjson refuses and servers send: halves of UTF-16 pairs, NaN among the logprobs, broken UTF-8."""
+    try:
+        return json.loads(data.decode("utf-8", "replace"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def whole_characters(text: str) -> str:
+    """The text with its UTF-16 pairs joined and halves of them replaced."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def text_of(value: Any) -> str:
+    """Text given as a string or as a list of parts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "".join(part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return ""
+
+
+def is_placeholder(value: Any, *others: Any) -> bool:
+    """Whether a text is the word "null" that some JSON libraries write for nothing.
+
+    Only beside another kind of output, since a model may well say null.
+    """
+    return value == "null" and any(others)
