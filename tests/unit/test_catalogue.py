@@ -156,7 +156,7 @@ def test_what_is_no_toml_is_refused(file: Path, content: bytes) -> None:
         ),
         (PROVIDERS + "[models.m]", "models.m.provider: field required"),
         (PROVIDERS + "[models.m]\nprovider = []", "models.m.provider: value should have at least 1 item"),
-        (PROVIDERS + "[models.m]\nprovider = [1]", "models.m.provider.0: input should be a valid string"),
+        (PROVIDERS + "[models.m]\nprovider = [1]", "models.m.provider: input should be a valid string"),
         (PROVIDERS + '[models.""]\nprovider = "one"', 'models."".name: string should have at least 1 character'),
         (PROVIDERS + '[models.m]\nprovider = "one"\nname = "x"', "models: m has its name already; what a model is"),
         (PROVIDERS + '[models.m]\nprovider = "tow"', "models: m has no provider tow, did you mean two?"),
