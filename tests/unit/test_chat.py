@@ -1,8 +1,7 @@
 """Chat Completions decoding. The numbered tests are the oddities of real servers that break naive parsers."""
 
 import json
-from collections.abc import Mapping
-from itertools import pairwise
+from base64 import b64encode
 from typing import Any
 
 import orjson
@@ -10,11 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltafan._events import Event
-from deltafan._fold import Generation, fold
-from deltafan._position import Position
 from deltafan_worker._chat import ChatDecoder
-from deltafan_worker._upstream_error import UpstreamError
+from support.decoding import Outcome, cut_at
 from support.reference_decoders import chat_outcome
 
 STOP = {"index": 0, "delta": {}, "finish_reason": "stop"}
@@ -33,56 +29,18 @@ def tool(**fields: Any) -> bytes:
     return delta(tool_calls=[fields])
 
 
-class Outcome:
-    """Everything that decoding some bytes leads to."""
-
-    def __init__(self, *pieces: bytes) -> None:
-        self.decoder = ChatDecoder()
-        self.deltas: list[tuple[str, bytes]] = []
-        self.error: UpstreamError | None = None
-        self.finish: str | None = None
-        try:
-            for piece in pieces:
-                self.decoder.feed(piece)
-                self._drain()
-            self.decoder.end()
-            self._drain()
-            self.finish = self.decoder.completion().finish_reason
-        except UpstreamError as error:
-            self.error = error
-
-    def _drain(self) -> None:
-        while (item := self.decoder.next_delta()) is not None:
-            self.deltas.append((item.type, item.data))
-
-    @property
-    def code(self) -> str | None:
-        return self.error.code if self.error else None
-
-    @property
-    def usage(self) -> Mapping[str, Any] | None:
-        return self.decoder.usage
-
-    @property
-    def generation(self) -> Generation:
-        return fold(Event(Position(1, seq), kind, data) for seq, (kind, data) in enumerate(self.deltas, 1))
-
-    def __eq__(self, other: object) -> bool:
-        assert isinstance(other, Outcome)
-        mine = (self.deltas, self.finish, self.code, self.usage, self.decoder.response_id)
-        return mine == (other.deltas, other.finish, other.code, other.usage, other.decoder.response_id)
-
-    __hash__ = None  # type: ignore[assignment]
+def decode(*pieces: bytes) -> Outcome:
+    return Outcome(ChatDecoder(), *pieces)
 
 
 def content(*pieces: bytes) -> str:
-    outcome = Outcome(*pieces)
+    outcome = decode(*pieces)
     assert outcome.error is None, outcome.error
     return outcome.generation.content
 
 
 def test_an_ordinary_stream() -> None:
-    outcome = Outcome(
+    outcome = decode(
         delta(role="assistant", content=""), delta(content="He"), delta(content="y"), frame(STOP), frame(usage=USAGE)
     )
     assert outcome.deltas == [("content", b"He"), ("content", b"y")]
@@ -156,7 +114,7 @@ def test_oddity_14_azures_first_chunk() -> None:
         "object": "",
         "prompt_filter_results": [{"prompt_index": 0}],
     }
-    outcome = Outcome(b"data: " + orjson.dumps(first) + b"\n\n", delta(content="a"), frame(STOP))
+    outcome = decode(b"data: " + orjson.dumps(first) + b"\n\n", delta(content="a"), frame(STOP))
     assert (outcome.generation.content, outcome.decoder.response_id) == ("a", "c1")
 
 
@@ -169,7 +127,7 @@ def test_oddity_15_delta_null_or_empty() -> None:
 
 @pytest.mark.parametrize("running", [{}, {"finish_reason": ""}, {"finish_reason": "null"}, {"finish_reason": None}])
 def test_oddity_16_no_finish_reason_in_all_its_forms(running: dict[str, Any]) -> None:
-    outcome = Outcome(frame({"index": 0, "delta": {"content": "a"}, **running}))
+    outcome = decode(frame({"index": 0, "delta": {"content": "a"}, **running}))
     assert outcome.code == "truncated"
     assert outcome.error is not None
     assert outcome.error.retryable
@@ -177,7 +135,7 @@ def test_oddity_16_no_finish_reason_in_all_its_forms(running: dict[str, Any]) ->
 
 def test_oddity_17_the_finish_chunk_twice() -> None:
     length = {"index": 0, "delta": {"content": ""}, "finish_reason": "length"}
-    assert Outcome(delta(content="a"), frame(length), frame(STOP)).finish == "length"
+    assert decode(delta(content="a"), frame(length), frame(STOP)).finish == "length"
 
 
 @pytest.mark.parametrize(
@@ -199,12 +157,12 @@ def test_oddity_17_the_finish_chunk_twice() -> None:
     ids=["own chunk", "finish chunk", "every chunk", "with a choice", "empty ones after it"],
 )
 def test_oddity_18_the_five_places_of_usage(stream: list[bytes]) -> None:
-    outcome = Outcome(*stream)
+    outcome = decode(*stream)
     assert (outcome.usage, outcome.finish, outcome.generation.content) == (USAGE, "stop", "a")
 
 
 def calls(*pieces: bytes) -> list[tuple[str, str, str]]:
-    outcome = Outcome(*pieces, frame({"index": 0, "delta": {}, "finish_reason": "tool_calls"}))
+    outcome = decode(*pieces, frame({"index": 0, "delta": {}, "finish_reason": "tool_calls"}))
     assert outcome.error is None
     return [(call.id, call.name, call.arguments) for call in outcome.generation.tool_calls]
 
@@ -213,7 +171,7 @@ def test_oddity_19_a_continuation_has_an_empty_id() -> None:
     opener = tool(index=0, id="call_1", type="function", function={"name": "f", "arguments": ""})
     more = [tool(index=0, id="", type="function", function={"arguments": part}) for part in ('{"a"', ": 1}")]
     trailing = tool(function={"arguments": ""}, index=0, id="", type="function")
-    outcome = Outcome(opener, *more, trailing, frame(STOP))
+    outcome = decode(opener, *more, trailing, frame(STOP))
     assert [json.loads(data) for _, data in outcome.deltas] == [
         {"index": 0, "id": "call_1", "name": "f"},
         {"index": 0, "arguments": '{"a"'},
@@ -254,7 +212,7 @@ def test_oddity_22_several_fragments_in_one_chunk() -> None:
 
 
 def test_oddity_23_stop_with_tool_calls() -> None:
-    outcome = Outcome(tool(index=0, id="a", function={"name": "f", "arguments": ""}), frame(STOP))
+    outcome = decode(tool(index=0, id="a", function={"name": "f", "arguments": ""}), frame(STOP))
     assert (outcome.finish, [call.arguments for call in outcome.generation.tool_calls]) == ("stop", ["{}"])
 
 
@@ -266,13 +224,13 @@ def test_oddity_24_content_in_all_its_forms(value: Any, text: str) -> None:
 
 
 def test_oddity_25_reasoning_and_content_in_one_chunk() -> None:
-    outcome = Outcome(delta(content="b", reasoning_content="a"), frame(STOP))
+    outcome = decode(delta(content="b", reasoning_content="a"), frame(STOP))
     assert outcome.deltas == [("reasoning", b"a"), ("content", b"b")]
 
 
 def test_oddity_26_both_names_of_reasoning() -> None:
     assert (
-        Outcome(delta(reasoning="a"), delta(reasoning_content="b", content=None), frame(STOP)).generation.reasoning
+        decode(delta(reasoning="a"), delta(reasoning_content="b", content=None), frame(STOP)).generation.reasoning
         == "ab"
     )
 
@@ -316,7 +274,7 @@ NATIVE = (
     ],
 )
 def test_oddity_27_errors_inside_a_200(stream: bytes, code: str, retryable: bool, status: int | None) -> None:
-    outcome = Outcome(delta(content="a") + stream)
+    outcome = decode(delta(content="a") + stream)
     assert outcome.deltas == [("content", b"a")], "what came before stands, and the error's text is no output"
     assert outcome.error is not None
     assert (outcome.code, outcome.error.retryable, outcome.error.status) == (code, retryable, status)
@@ -326,7 +284,7 @@ def test_an_error_behind_the_finish_takes_nothing_back() -> None:
     late = frame(
         {"index": 0, "delta": {}, "finish_reason": None}, error={"code": 400, "message": "Token limit reached"}
     )
-    outcome = Outcome(delta(content="a"), frame({"index": 0, "delta": {}, "finish_reason": "length"}), late)
+    outcome = decode(delta(content="a"), frame({"index": 0, "delta": {}, "finish_reason": "length"}), late)
     assert (outcome.finish, outcome.error) == ("length", None)
 
 
@@ -348,7 +306,7 @@ def test_oddity_29_a_server_that_ignores_stream() -> None:
 
 
 def test_oddity_35_the_first_id_stays() -> None:
-    outcome = Outcome(delta(content="a"), delta(content="b").replace(b"c1", b"c2"), frame(STOP))
+    outcome = decode(delta(content="a"), delta(content="b").replace(b"c1", b"c2"), frame(STOP))
     assert outcome.decoder.response_id == "c1"
 
 
@@ -358,14 +316,14 @@ def test_only_choice_0_is_streamed() -> None:
 
 
 def test_done_completes_what_never_got_a_finish_reason() -> None:
-    outcome = Outcome(delta(content="a"), b"data: [DONE]\n\n")
+    outcome = decode(delta(content="a"), b"data: [DONE]\n\n")
     assert (outcome.finish, outcome.decoder.finished) == ("stop", True)
-    assert Outcome(b"data: [DONE]\n\n").code == "truncated"
+    assert decode(b"data: [DONE]\n\n").code == "truncated"
 
 
 def test_a_frame_that_is_no_object_is_an_error_that_does_not_quote_it() -> None:
     for bad in (b"data: {not json: secret}\n\n", b"data: [1]\n\n", b"data: " + b"[" * 100_000 + b"\n\n"):
-        outcome = Outcome(delta(content="a"), bad)
+        outcome = decode(delta(content="a"), bad)
         assert (outcome.code, outcome.deltas) == ("bad_frame", [("content", b"a")])
         assert "secret" not in outcome.error.message  # type: ignore[union-attr]
 
@@ -402,14 +360,9 @@ FRAMES = st.lists(
 ).map(b"".join)
 
 
-def cut(data: bytes, at: list[int]) -> list[bytes]:
-    places = sorted({0, len(data), *(place % (len(data) + 1) for place in at)})
-    return [data[a:b] for a, b in pairwise(places)]
-
-
 @given(FRAMES, st.lists(st.integers(0, 5000), max_size=10))
 def test_agrees_with_the_reference(stream: bytes, at: list[int]) -> None:
-    outcome, expected = Outcome(*cut(stream, at)), chat_outcome(stream)
+    outcome, expected = decode(*cut_at(stream, at)), chat_outcome(stream)
     generation = outcome.generation
     assert (generation.reasoning, generation.content, generation.refusal) == (
         expected["reasoning"],
@@ -458,7 +411,33 @@ WILD = st.lists(
 
 @given(WILD.map(b"".join), st.lists(st.integers(0, 5000), max_size=10))
 def test_the_whole_outcome_does_not_depend_on_how_the_bytes_are_cut(stream: bytes, at: list[int]) -> None:
-    whole = Outcome(stream)
-    assert Outcome(*cut(stream, at)) == whole
-    assert Outcome(*[bytes([byte]) for byte in stream]) == whole
+    whole = decode(stream)
+    assert decode(*cut_at(stream, at)) == whole
+    assert decode(*[bytes([byte]) for byte in stream]) == whole
     assert all(data.decode() for _, data in whole.deltas), "valid UTF-8, never empty"
+
+
+def test_oddity_24_the_word_null_stands_for_nothing_beside_other_output() -> None:
+    outcome = decode(delta(content="null", reasoning_content="Hm."), delta(content="null"), frame(STOP))
+    assert (outcome.generation.reasoning, outcome.generation.content) == ("Hm.", "null")
+
+
+def test_speech_comes_in_whole_base64_and_the_words_beside_it() -> None:
+    speech = b64encode(bytes(range(10))).decode()
+    pieces = [{"id": "a", "transcript": "Hi"}, {"data": speech[:5]}, {"data": speech[5:]}, {"expires_at": 1}]
+    outcome = decode(*(frame({"index": 0, "delta": {"audio": piece}}) for piece in pieces), frame(STOP))
+    assert (outcome.generation.pcm, outcome.generation.transcript) == (bytes(range(10)), "Hi")
+    assert [kind for kind, _ in outcome.deltas] == ["audio"] * 3
+
+
+def test_sources_are_given_once() -> None:
+    source = {"type": "url_citation", "url_citation": {"url": "http://a", "title": "世"}}
+    outcome = decode(delta(annotations=[source]), delta(content="x", annotations=[source, 1, {}]), frame(STOP))
+    assert [kind for kind, _ in outcome.deltas] == ["annotation", "content"]
+    assert outcome.generation.annotations[0]["type"] == "url_citation"
+
+
+def test_what_a_provider_wants_back_with_a_call_is_kept() -> None:
+    extra = {"google": {"thought_signature": "abc"}}
+    outcome = decode(tool(id="a", function={"name": "f", "arguments": "{}"}, extra_content=extra), frame(STOP))
+    assert outcome.generation.tool_calls[0].extra == {"extra_content": extra}

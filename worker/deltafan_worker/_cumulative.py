@@ -47,8 +47,10 @@ class Increments:
             return
         first_kind, last = self._held[0][0], self._held[-1][1]
         self._held.append((kind, text))
-        if kind != first_kind or not text.startswith(last) or len(text) == len(last):
+        if kind != first_kind or not text.startswith(last):
             self._settle(cumulative=False)
+        elif text == last:  # the last frame often repeats the one before
+            self._settle(cumulative=len(self._held) == _PROOF_TEXTS and len(last) >= 2 * _PROOF_CHARS)
         elif len(self._held) == _PROOF_TEXTS:
             self._settle(cumulative=True)
 

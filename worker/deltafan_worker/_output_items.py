@@ -57,7 +57,7 @@ class _Call:
     index: int | None = None
     """Its number among the published ones; None while it is held back."""
     arguments: str = ""
-    """Only of a call that is held back."""
+    """As long as it is held back, or came with its opening."""
     has_arguments: bool = False
     is_done: bool = False
 
@@ -78,15 +78,13 @@ class OutputCalls:
         """An item that is a call: added, done, or found in the final object."""
         call_id, where = _word(item.get("call_id")) or _word(item.get("id")), {**place, "item_id": item.get("id")}
         call = self._by_name.get(("call_id", call_id)) if call_id else self._find(where)
+        arguments = item.get("arguments", item.get("input"))
         if call is None:
-            call = self._open(call_id, _word(item.get("name")), where)
+            call = self._open(call_id, _word(item.get("name")), _word(arguments), where)
         else:
             self._remember(call, where)
-        arguments = item.get("arguments", item.get("input"))
         if is_done:
             self._complete(call, arguments)
-        elif isinstance(arguments, str) and arguments:
-            self._add(call, arguments)
 
     def add(self, where: Mapping[str, Any], fragment: Any) -> None:
         """A piece of a call's arguments."""
@@ -105,8 +103,8 @@ class OutputCalls:
         for call in self._calls:
             self._unwrap(call)
 
-    def _open(self, call_id: str, name: str, where: Mapping[str, Any]) -> _Call:
-        call = _Call(call_id, name)
+    def _open(self, call_id: str, name: str, arguments: str, where: Mapping[str, Any]) -> _Call:
+        call = _Call(call_id, name, arguments=arguments, has_arguments=bool(arguments))
         self._calls.append(call)
         if call_id:
             self._by_name["call_id", call_id] = call
