@@ -137,7 +137,9 @@ class Provider(_Table):
     """The table's own name; without a slash, because the first one ends it in `provider/model`."""
     base_url: Annotated[str, AfterValidator(_base_url)]
     """Without the endpoint's name and the slash before it."""
-    apis: Annotated[tuple[Api, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = Field(default=("chat",), alias="api")
+    apis: Annotated[tuple[Api, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = Field(
+        default=("chat",), alias="api"
+    )
     """`api` in the file, one name or a list: what it speaks under this base URL."""
     api_key_env: Annotated[str, AfterValidator(_key_variable)] | None = None
     """Name of the variable that holds the key; None: no key is sent."""

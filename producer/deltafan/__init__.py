@@ -7,7 +7,7 @@ async with Producer.connect(url) as producer, Consumer.connect(url) as consumer:
             print(event.text, end="")
 """
 
-from deltafan._consumer import Consumer
+from deltafan._consumer import Consumer, TurnEvent
 from deltafan._errors import (
     DeltafanError,
     InvalidPosition,
@@ -52,6 +52,7 @@ __all__ = [
     "Retention",
     "StreamExpired",
     "ToolCall",
+    "TurnEvent",
     "UsageRecord",
     "fold",
 ]

@@ -1,14 +1,14 @@
 """Consumer: reads generations: live, from any position, as a snapshot, or only the result."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Self, cast
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from typing import NamedTuple, Self, cast
 
 import orjson
 
 from deltafan._errors import JobCancelled, JobFailed, JobNotFound, ResultTimeout, StreamExpired
-from deltafan._events import CANCELLED, FAILED, TERMINAL_TYPES
+from deltafan._events import CANCELLED, COMPLETED, FAILED, TERMINAL_TYPES, Event
 from deltafan._fold import Fold, Generation
 from deltafan._follow import Follower, RawEntry
 from deltafan._hub import Hub, open_hub
@@ -17,6 +17,13 @@ from deltafan._position import Position
 from deltafan._request import check_job_id
 from deltafan._resp import pack
 from deltafan._tail import PAGE, Feeds, Tail
+
+
+class TurnEvent(NamedTuple):
+    """An event of a conversation, and the job it belongs to."""
+
+    job_id: str
+    event: Event
 
 
 class Consumer:
@@ -58,6 +65,49 @@ class Consumer:
             JobNotFound, StreamExpired: from the iteration.
         """
         return self._feeds.tail(check_job_id(job_id), None if after is None else Position.parse(after))
+
+    @asynccontextmanager
+    async def tail_conversation(
+        self, job_id: str, *, after: Position | str | None = None
+    ) -> AsyncIterator[AsyncIterator[TurnEvent]]:
+        """As `tail`, and on through the jobs that answer its tool calls, until a turn ends without one.
+
+        Between two turns it waits for `Producer.submit_tool_results`, as long as the job is known. `after` is a
+        position in the first job.
+
+        Raises:
+            as `tail`.
+        """
+        first = None if after is None else Position.parse(after)
+        async with aclosing(self._turns(check_job_id(job_id), first)) as turns:
+            yield turns
+
+    async def _turns(self, job_id: str, after: Position | None) -> AsyncGenerator[TurnEvent, None]:
+        turn: str | None = job_id
+        while turn is not None:
+            async with self.tail(turn, after=after) as events:
+                async for event in events:
+                    yield TurnEvent(turn, event)
+            generation = await self._look_up(turn)
+            asks = generation.status == COMPLETED and generation.tool_calls
+            turn, after = await self._next_turn(turn) if asks else None, None
+
+    async def _next_turn(self, job_id: str) -> str | None:
+        """The job that answers this one's tool calls, once there is one; None when this one is forgotten."""
+        state, watch = self._keys.state, _Watch(any_ring=True)
+        async with self._hub.listening(self._keys.bell(job_id), watch):
+            while True:
+                is_known, following = await self._hub.ask(
+                    pack("EXISTS", state(job_id)), pack("HGET", state(job_id), "next")
+                )
+                if following is not None:
+                    # It has its name before it is submitted, so that a repeated submit is the same job.
+                    (is_submitted,) = await self._hub.ask(pack("EXISTS", state(following.decode())))
+                    if is_submitted:
+                        return cast(bytes, following).decode()
+                elif not is_known:
+                    return None
+                await watch.changed()
 
     async def snapshot(self, job_id: str) -> Generation:
         """What the job has produced so far. Tail on from `snapshot.position` to go on without a gap or a repeat.
@@ -123,13 +173,14 @@ class Consumer:
 
 
 class _Watch:
-    """Waits for the ring that says how the job ended; a sweep counts as one, since rings can be lost."""
+    """Waits for the ring that says how the job ended, or for any; a sweep counts as one, since rings can be lost."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, any_ring: bool = False) -> None:
         self._event = asyncio.Event()
+        self._any_ring = any_ring
 
     def on_bell(self, status: bytes) -> None:
-        if status:
+        if status or self._any_ring:
             self._event.set()
 
     def on_sweep(self) -> None:

@@ -37,6 +37,10 @@ class Keys:
         """String: the folded generation, JSON."""
         return f"{self.prefix}:{{{job_id}}}:result"
 
+    def request(self, job_id: str) -> str:
+        """String: the request of a job that may call tools, JSON; the next turn is made from it."""
+        return f"{self.prefix}:{{{job_id}}}:request"
+
     def bell(self, job_id: str) -> str:
         """Channel: rung once per flush of the job's stream; a terminal ring carries the status."""
         return f"{self.prefix}:{{{job_id}}}:bell"

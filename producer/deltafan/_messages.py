@@ -8,6 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
+from deltafan._errors import InvalidRequest
+
 if TYPE_CHECKING:
     from deltafan._fold import Generation, ToolCall
 
@@ -62,6 +66,48 @@ def with_conversation(api: str, body: Mapping[str, Any], messages: Sequence[Any]
         given = body.get("input")
         return {**body, "input": {**(given if isinstance(given, Mapping) else {}), "messages": list(messages)}}
     return {**body, "messages": list(messages)}
+
+
+def declares_tools(api: str, body: Mapping[str, Any]) -> bool:
+    """Whether an answer to this body may be tool calls."""
+    return bool(_options(api, body).get("tools"))
+
+
+def next_turn(
+    api: str, body: Mapping[str, Any], generation: "Generation", results: Mapping[str, Any], changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The body that answers a generation's tool calls: all that was said, the calls, their results.
+
+    `changes` go over the body. A `tool_choice` that forces a call is dropped, or the model would call for ever.
+
+    Raises:
+        InvalidRequest: there is nothing to answer, or the results do not match the calls.
+    """
+    calls = [call.id for call in generation.tool_calls]
+    if not calls:
+        raise InvalidRequest("job", f"{generation.status} without calling a tool; there is nothing to answer")
+    if missing := [call for call in calls if call not in results]:
+        raise InvalidRequest("results", f"there is none for call {missing[0]}; each call needs one")
+    if unknown := [call for call in results if call not in calls]:
+        raise InvalidRequest("results", f"{unknown[0]!r} is no call of this job; its calls are {', '.join(calls)}")
+    texts = {call: _as_text(results[call]) for call in calls}
+    messages = [*conversation(api, body), *generation.to_messages(), *tool_messages(api, texts)]
+    turn = with_conversation(api, body, messages)
+    if _options(api, turn).get("tool_choice") not in (None, "auto", "none"):
+        if api == "dashscope":
+            turn["parameters"] = {name: value for name, value in turn["parameters"].items() if name != "tool_choice"}
+        else:
+            del turn["tool_choice"]
+    return {**turn, **changes}
+
+
+def _options(api: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    options = body.get("parameters") if api == "dashscope" else body
+    return options if isinstance(options, Mapping) else {}
+
+
+def _as_text(result: Any) -> str:
+    return result if isinstance(result, str) else orjson.dumps(result).decode()
 
 
 def _wants_reasoning(generation: "Generation") -> bool:

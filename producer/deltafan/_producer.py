@@ -11,12 +11,16 @@ from itertools import islice
 from secrets import token_hex
 from typing import Any, Literal, Self
 
+import orjson
+
 from deltafan._client import RedisClient, ScriptCall
-from deltafan._errors import JobConflict, JobNotFound, RedisUnavailable
+from deltafan._errors import InvalidRequest, JobConflict, JobNotFound, RedisUnavailable
+from deltafan._fold import Generation
 from deltafan._keys import ARQ_IN_PROGRESS, ARQ_JOB, ARQ_RESULT, Keys
 from deltafan._lua import load
-from deltafan._request import MAX_BODY_BYTES, JobRequest, check_job_id, job_record, parse_request
-from deltafan._resp import Reply
+from deltafan._messages import declares_tools, next_turn
+from deltafan._request import MAX_BODY_BYTES, JobRequest, check_job_id, inherited, job_record, parse_request
+from deltafan._resp import Reply, pack
 from deltafan._retention import Retention
 from deltafan._url import masked_url
 
@@ -126,11 +130,13 @@ class Producer:
         deadline: datetime | timedelta | None = None,
         on_interrupt: str = "restart",
         ttl: timedelta | float | None = None,
+        timeouts: Mapping[str, float] | None = None,
     ) -> Job:
         """Submit one job. One round trip, and safe to repeat with the same `job_id`: the job runs once.
 
-        `body` is the upstream's native request (temperature, tools …); `messages` is put into it. A `deadline` given
-        as timedelta counts from now; `ttl` (seconds or timedelta) is how long stream and result are kept.
+        `body` is the native request of `api` (temperature, tools …); `messages` is put into it where the API has them.
+        A `deadline` given as timedelta counts from now; `ttl` (seconds or timedelta) is how long stream and result are
+        kept; `timeouts` (connect_s, first_delta_s, silence_s, total_s) bound this job's model calls.
 
         Raises:
             InvalidRequest: a field is wrong; nothing was sent.
@@ -149,6 +155,7 @@ class Producer:
             "deadline": deadline,
             "on_interrupt": on_interrupt,
             "ttl": ttl,
+            "timeouts": timeouts,
         }
         jobs = await self.submit_many([{name: value for name, value in fields.items() if value is not None}])
         return jobs[0]
@@ -179,6 +186,45 @@ class Producer:
                 task.cancel()
             await asyncio.gather(*sent, return_exceptions=True)
         return jobs
+
+    async def submit_tool_results(
+        self,
+        job: Job | str,
+        results: Mapping[str, Any],
+        *,
+        body: Mapping[str, Any] | None = None,
+        deadline: datetime | timedelta | None = None,
+    ) -> Job:
+        """Answer the tool calls that a job ended with: the next turn of its conversation, as a job of its own.
+
+        `results` has a text, or something that JSON can hold, for the id of each call. Model, API, body and options
+        are those of the job; `body` changes single fields of it. Repeating the call gives the same job.
+
+        Raises:
+            InvalidRequest: the job has not ended, called no tool, or the results do not match its calls.
+            JobConflict: its calls have been answered otherwise.
+            JobNotFound: nothing is known of the job, or its request has expired.
+            RedisUnavailable: the server can not be reached.
+        """
+        parent = check_job_id(job if isinstance(job, str) else job.id)
+        keys = self._keys
+        stored, result = await self._streams.pipeline(
+            [pack("GET", keys.request(parent)), pack("GET", keys.result(parent))]
+        )
+        if stored is None:
+            raise JobNotFound(parent)
+        if result is None:
+            raise InvalidRequest("job", f"{parent} has not ended; wait for its result, then answer its calls")
+        fields = orjson.loads(stored)
+        generation = Generation.from_json(orjson.loads(result))
+        fields["body"] = next_turn(fields["api"], fields["body"], generation, results, body or {})
+        answer = await self._streams.run(load("link"), keys.job(parent), (token_hex(16),))
+        if answer is None:
+            raise JobNotFound(parent)
+        fields |= {"job_id": answer.decode(), "parent": parent}
+        (child,) = await self.submit_many([fields | ({"deadline": deadline} if deadline is not None else {})])
+        await self._streams.call("PUBLISH", keys.bell(parent), "")
+        return child
 
     async def cancel(self, job_id: str, *, reason: str = "requested") -> CancelOutcome:
         """Ask for the job's end, wherever it is. Durable before it returns; repeating it is harmless.
@@ -213,6 +259,10 @@ class Producer:
 
     async def _send(self, submissions: Sequence[_Submission]) -> list[Job]:
         together = self._streams is self._queue
+        if kept := [
+            self._keep_request(one) for one in submissions if declares_tools(one.request.api, one.request.body)
+        ]:
+            await self._streams.pipeline(kept)
         calls = [
             self._submit_call(submission, ring=together and index < RINGS)
             for index, submission in enumerate(submissions)
@@ -232,6 +282,12 @@ class Producer:
             return keys, args
         queue_keys, queue_args = self._enqueue_call(submission, ring=ring)
         return (*keys, *queue_keys), (*args, *queue_args)
+
+    def _keep_request(self, submission: _Submission) -> bytes:
+        """As long as its result may be there; NX, since under an id that is taken this request is refused."""
+        lifetime_ms = self._retention.live_ms + self._retention.state_ms
+        fields = inherited(submission.request)
+        return pack("SET", self._keys.request(submission.id), orjson.dumps(fields), "NX", "PX", lifetime_ms)
 
     def _enqueue_call(self, submission: _Submission, *, ring: bool) -> ScriptCall:
         job_id, queue = submission.id, self._keys.queue(submission.request.lane)

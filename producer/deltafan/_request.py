@@ -152,6 +152,16 @@ def check_job_id(job_id: str) -> str:
 
 def job_record(request: JobRequest, *, now_ms: int) -> bytes:
     """The job as arq stores it, in JSON: any arq worker with a JSON deserializer can run it."""
+    arguments = {**inherited(request), "submitted_at_ms": now_ms}
+    if request.deadline is not None:
+        arguments["deadline"] = request.deadline
+    if request.parent is not None:
+        arguments["parent"] = request.parent
+    return orjson.dumps({"t": None, "f": FUNCTION, "a": [], "k": arguments, "et": now_ms})
+
+
+def inherited(request: JobRequest) -> dict[str, Any]:
+    """What the next turn of a conversation takes from this one: all but its moment and its place."""
     # Written out because it is on the path of bulk submits, where pydantic's model_dump would take the most time.
     arguments: dict[str, Any] = {
         "model": request.model,
@@ -159,21 +169,16 @@ def job_record(request: JobRequest, *, now_ms: int) -> bytes:
         "body": request.body,
         "lane": request.lane,
         "on_interrupt": request.on_interrupt,
-        "submitted_at_ms": now_ms,
     }
     if request.tenant is not None:
         arguments["tenant"] = request.tenant
     if request.metadata:
         arguments["metadata"] = request.metadata
-    if request.deadline is not None:
-        arguments["deadline"] = request.deadline
     if request.timeouts is not None:
         arguments["timeouts"] = request.timeouts.model_dump(exclude_none=True)
-    if request.parent is not None:
-        arguments["parent"] = request.parent
     if request.ttl is not None:
         arguments["ttl"] = request.ttl.total_seconds()
-    return orjson.dumps({"t": None, "f": FUNCTION, "a": [], "k": arguments, "et": now_ms})
+    return arguments
 
 
 def _dump_body(request: JobRequest) -> bytes:
