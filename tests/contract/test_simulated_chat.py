@@ -1,4 +1,4 @@
-"""The vendor's own SDK reads our simulated model servers as it reads a real one."""
+"""The vendor's own SDK reads our simulated Chat Completions as it reads real ones."""
 
 import asyncio
 import json
@@ -15,12 +15,11 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionChunk
 
+from deltafan.testing import ScriptedUpstream, scripted_upstream
+from deltafan.testing import chat as script
 from deltafan_cli._local_model import MODEL, local_model
-from support import upstream as script
-from support.upstream import ScriptedUpstream, scripted_upstream
 
-BENCH = Path(__file__).parents[2] / "bench/upstream.py"
-SIMULATOR = Path(script.__file__)
+BENCH = str(Path(__file__).parents[2] / "bench/upstream.py")
 
 
 @pytest.fixture
@@ -135,10 +134,10 @@ async def test_leaving_a_stream_closes_the_connection(sdk: AsyncOpenAI, upstream
 
 
 @contextmanager
-def program(path: Path) -> Iterator[str]:
+def program(*arguments: str) -> Iterator[str]:
     """The URL of a simulator that runs as a process."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, str(path)], text=True, **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen([sys.executable, *arguments], text=True, **pipes) as process:  # type: ignore[call-overload]
         yield json.loads(process.stdout.readline())["url"]
         process.stdin.close()
         process.wait(10)
@@ -147,7 +146,7 @@ def program(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("server", "model"),
     [
-        pytest.param(lambda: program(SIMULATOR), "sim-8x1", id="simulator"),
+        pytest.param(lambda: program("-m", "deltafan.testing"), "sim-8x1", id="simulator"),
         pytest.param(lambda: program(BENCH), "bench-8-1-1", id="bench alone"),
         pytest.param(lambda: program(BENCH), "bench-8-0-3", id="bench in bursts"),
         pytest.param(local_model, MODEL, id="llama.cpp", marks=pytest.mark.model),
