@@ -15,7 +15,7 @@ from deltafan.testing import ScriptedUpstream, scripted_upstream
 from deltafan.testing import chat as script
 from support.waiting import wait_until
 
-BODY = {"model": "sim", "messages": [{"role": "user", "content": "Hi"}]}
+BODY = {"model": "sim", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
 
 
 @pytest.fixture

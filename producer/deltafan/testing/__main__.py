@@ -10,7 +10,12 @@ from deltafan.testing import scripted_upstream
 
 async def _serve(port: int) -> None:
     async with scripted_upstream(port) as upstream:
-        print(json.dumps({"url": upstream.url}), flush=True)  # noqa: T201  for whoever started this
+        urls = {
+            "url": upstream.url,
+            "compatible_url": upstream.compatible_url,
+            "dashscope_url": upstream.dashscope_url,
+        }
+        print(json.dumps(urls), flush=True)  # noqa: T201  for whoever started this
         await asyncio.to_thread(sys.stdin.read)
 
 

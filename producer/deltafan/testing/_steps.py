@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,30 @@ class Cut:
     """Break the connection here."""
 
 
-Frame: TypeAlias = Mapping[str, Any] | Raw
+@dataclass(frozen=True)
+class Named:
+    """A JSON object under an SSE event name of its own; `status` shows where the API tells one inside a 200."""
+
+    event: str
+    data: Mapping[str, Any]
+    status: int = 200
+
+
+Frame: TypeAlias = Mapping[str, Any] | Named | Raw
 """Something to write: a JSON object, in the framing of the API that was called, or bytes as they are."""
 
 Step: TypeAlias = Frame | Gap | Cut | asyncio.Event
+
+Dialect: TypeAlias = Literal["openai", "dashscope"]
+"""Two vendors stream the same API in two ways."""
+
+
+async def pause(step: Gap | asyncio.Event) -> None:
+    """Let this step's time pass."""
+    if isinstance(step, Gap):
+        await simulated_delay(step.seconds)
+    else:
+        await step.wait()
 
 
 async def simulated_delay(seconds: float) -> None:

@@ -5,7 +5,10 @@ from typing import Any
 
 import orjson
 
-from deltafan.testing._steps import Cut, Frame, Gap, Raw, Refuse, Step
+from deltafan.testing._answer import Answer, Fault
+from deltafan.testing._chat_answer import chunk, error_body, streamed, usage_object, whole
+from deltafan.testing._chat_answer import error_finish as _error_finish
+from deltafan.testing._steps import Cut, Dialect, Frame, Gap, Named, Raw, Refuse, Step
 
 __all__ = [
     "COMMENT",
@@ -14,6 +17,7 @@ __all__ = [
     "Cut",
     "Frame",
     "Gap",
+    "Named",
     "Raw",
     "Refuse",
     "Step",
@@ -22,15 +26,39 @@ __all__ = [
     "chunk",
     "delta",
     "ending",
+    "error",
+    "error_finish",
     "frame",
     "opening",
     "paced",
+    "refusal",
+    "render",
     "text",
+    "usage_object",
+    "whole",
 ]
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12, "prompt_tokens_details": {"cached_tokens": 2}}
 DONE = Raw(b"data: [DONE]\n\n")
 COMMENT = Raw(b": keep-alive\n\n")
+
+
+def render(
+    answer: Answer,
+    *,
+    dialect: Dialect = "openai",
+    include_usage: bool = True,
+    include_obfuscation: bool = True,
+    model: str = "sim",
+) -> list[Step]:
+    """The steps of this answer, [DONE] included; only OpenAI's dialect obfuscates."""
+    extra = {"model": model}
+    if dialect == "openai" and include_obfuscation:
+        extra["obfuscation"] = "sim"
+    steps = streamed(answer, dialect=dialect, include_usage=include_usage)
+    named: list[Step] = [{**step, **extra} if isinstance(step, dict) and "choices" in step else step for step in steps]
+    # Where the answer breaks, nothing ends it.
+    return named if answer.fault else [*named, DONE]
 
 
 def text(*pieces: str, finish: str = "stop", usage: Mapping[str, Any] | None = USAGE) -> list[Frame]:
@@ -62,16 +90,29 @@ def ending(finish: str = "stop", usage: Mapping[str, Any] | None = USAGE) -> lis
     return [*steps, DONE]
 
 
-def chunk(choice: Mapping[str, Any] | None, **fields: Any) -> dict[str, Any]:
-    """A chunk with this one choice, or with none; `fields` are the chunk's own."""
-    choices = [] if choice is None else [{"index": 0, "finish_reason": None, "logprobs": None, **choice}]
-    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "sim"}
-    return {**head, "choices": choices, "usage": None, **fields}
+def error(code: str, message: str) -> Frame:
+    """The error object in the middle of a 200, as OpenAI and many others send it."""
+    return error_body(Fault(code, message))
+
+
+def error_finish(code: str, message: str, status: int = 429) -> Frame:
+    """DashScope's error in the middle of a 200: a chunk whose content is the native API's error frame."""
+    return _error_finish(Fault(code, message, status))
+
+
+def refusal(code: str, message: str, status: int) -> Refuse:
+    """An HTTP error with this API's body."""
+    body = orjson.dumps(error_body(Fault(code, message)))
+    return Refuse(status, body, {"Content-Type": "application/json"})
 
 
 def frame(step: Frame) -> bytes:
     """What this step writes."""
-    return step.data if isinstance(step, Raw) else b"data: " + orjson.dumps(dict(step)) + b"\n\n"
+    if isinstance(step, Raw):
+        return step.data
+    if isinstance(step, Named):
+        return b"event: %b\ndata: %b\n\n" % (step.event.encode(), orjson.dumps(dict(step.data)))
+    return b"data: " + orjson.dumps(dict(step)) + b"\n\n"
 
 
 def at_once(steps: Iterable[Frame]) -> Raw:
