@@ -11,7 +11,7 @@ lock() {
 
 cd "$(dirname "$0")/.."
 # The largest set first; the smaller ones follow it, so that a package has one version in all of them.
-lock pyproject.toml --extra dev requirements/build.in requirements/tests.in -o requirements/tests.txt
+lock pyproject.toml --extra dev --extra testing requirements/build.in requirements/tests.in -o requirements/tests.txt
 lock pyproject.toml --extra dev requirements/build.in -c requirements/tests.txt -o requirements/demo.txt
 lock pyproject.toml --extra worker --extra cli requirements/build.in -c requirements/tests.txt -o requirements/worker.txt
 # Not this one: it is the column with another redis-py.

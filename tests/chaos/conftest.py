@@ -2,7 +2,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from support.upstream import ScriptedUpstream, scripted_upstream
+from deltafan.testing import ScriptedUpstream, scripted_upstream
 
 
 @pytest.fixture

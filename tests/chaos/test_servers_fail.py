@@ -11,8 +11,8 @@ import pytest
 from redis.asyncio import Redis
 
 from deltafan import Consumer, Event, Producer, UsageRecord, fold
-from support import upstream as script
-from support.upstream import ScriptedUpstream
+from deltafan.testing import ScriptedUpstream
+from deltafan.testing import chat as script
 from support.valkey import Valkey
 from support.waiting import wait_until
 from support.workers import running_worker, settings_env

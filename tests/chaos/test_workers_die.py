@@ -12,8 +12,8 @@ import pytest
 from redis.asyncio import Redis
 
 from deltafan import Consumer, Event, JobFailed, Producer, UsageRecord, fold
-from support import upstream as script
-from support.upstream import ScriptedUpstream
+from deltafan.testing import ScriptedUpstream
+from deltafan.testing import chat as script
 from support.waiting import wait_until
 from support.workers import settings_env, worker_process
 

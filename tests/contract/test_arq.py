@@ -14,9 +14,9 @@ from redis.asyncio import ConnectionPool, Redis
 
 from deltafan import Consumer, JobCancelled, JobFailed, Producer
 from deltafan._keys import FUNCTION
+from deltafan.testing import ScriptedUpstream, scripted_upstream
+from deltafan.testing import chat as script
 from deltafan_worker.serialization import deserialize, serialize
-from support import upstream as script
-from support.upstream import ScriptedUpstream, scripted_upstream
 from support.waiting import wait_until
 from support.workers import running_worker, settings_env
 

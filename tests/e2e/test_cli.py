@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from support import upstream as script
-from support.upstream import ScriptedUpstream, scripted_upstream
+from deltafan.testing import ScriptedUpstream, scripted_upstream
+from deltafan.testing import chat as script
 from support.waiting import wait_until
 from support.workers import settings_env, worker_process
 

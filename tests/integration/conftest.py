@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from deltafan.testing import ScriptedUpstream, scripted_upstream
 from deltafan_worker._leased import LeasedWorker
-from support.upstream import ScriptedUpstream, scripted_upstream
 from support.workers import running_worker, settings_env
 
 

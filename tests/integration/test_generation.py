@@ -17,9 +17,9 @@ from deltafan import (
     UsageRecord,
     fold,
 )
+from deltafan.testing import ScriptedUpstream
+from deltafan.testing import chat as script
 from deltafan_worker._leased import LeasedWorker
-from support import upstream as script
-from support.upstream import ScriptedUpstream
 from support.waiting import wait_until
 from support.workers import running_worker
 

@@ -27,7 +27,7 @@ from deltafan import Consumer, Position, Producer
 from deltafan._follow import Follower
 from deltafan._keys import Keys
 from deltafan._lua import load
-from support.upstream import scripted_upstream
+from deltafan.testing import scripted_upstream
 from support.valkey import Valkey
 from support.waiting import wait_until
 from support.workers import running_worker, settings_env

@@ -1,4 +1,4 @@
-"""The one place where tests sleep, and where simulated servers and networks take their time."""
+"""The one place where tests sleep."""
 
 import asyncio
 import time
@@ -20,14 +20,3 @@ async def wait_until(
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s:g} s: {description}")
         await asyncio.sleep(0.01)
-
-
-async def simulated_delay(seconds: float) -> None:
-    """What a slow server or network does. Tests themselves wait for what they are waiting for."""
-    loop = asyncio.get_running_loop()
-    over = asyncio.Event()
-    timer = loop.call_later(seconds, over.set)
-    try:
-        await over.wait()
-    finally:
-        timer.cancel()

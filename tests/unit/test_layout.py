@@ -174,7 +174,7 @@ def test_a_lock_has_hashes_and_no_address(lock: str) -> None:
         ("client.txt", []),
         ("worker.txt", ["worker", "cli"]),
         ("demo.txt", ["worker", "cli", "dev"]),
-        ("tests.txt", ["worker", "cli", "dev"]),
+        ("tests.txt", ["worker", "cli", "dev", "testing"]),
     ],
 )
 def test_a_lock_satisfies_what_the_project_asks_for(lock: str, extras: list[str]) -> None:

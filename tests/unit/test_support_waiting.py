@@ -2,7 +2,8 @@ import asyncio
 
 import pytest
 
-from support.waiting import simulated_delay, wait_until
+from deltafan.testing import simulated_delay
+from support.waiting import wait_until
 
 
 async def test_it_returns_when_a_plain_predicate_holds() -> None:

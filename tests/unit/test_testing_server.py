@@ -1,23 +1,21 @@
-"""What the simulated model server writes, and when; what its answers mean is tests/contract/test_simulated_upstream."""
+"""What the simulated model server writes, and when; what its answers mean is tests/contract/test_simulated_*."""
 
 import asyncio
 import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import orjson
 import pytest
 
-from support import upstream as script
-from support.upstream import ScriptedUpstream, scripted_upstream
+from deltafan.testing import ScriptedUpstream, scripted_upstream
+from deltafan.testing import chat as script
 from support.waiting import wait_until
 
-BODY = {"model": "sim", "messages": [{"role": "user", "content": "Hi"}]}
-PROGRAM = Path(script.__file__)
+BODY = {"model": "sim", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
 
 
 @pytest.fixture
@@ -126,7 +124,7 @@ async def test_a_models_name_may_ask_for_a_paced_answer(
 async def test_as_a_process_it_answers_tells_its_requests_and_ends_with_its_parent(
     http: aiohttp.ClientSession,
 ) -> None:
-    command = [sys.executable, str(PROGRAM), "--port", "0"]
+    command = [sys.executable, "-m", "deltafan.testing", "--port", "0"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
         url = json.loads(await asyncio.to_thread(process.stdout.readline))["url"]

@@ -1,4 +1,4 @@
-"""The vendor's own SDK reads our simulated model servers as it reads a real one."""
+"""The vendor's own SDK reads our simulated Chat Completions as it reads real ones."""
 
 import asyncio
 import json
@@ -15,12 +15,23 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionChunk
 
+from deltafan.testing import (
+    Answer,
+    Audio,
+    Fault,
+    Part,
+    Reasoning,
+    Refusal,
+    ScriptedUpstream,
+    Text,
+    Tokens,
+    ToolCall,
+    scripted_upstream,
+)
+from deltafan.testing import chat as script
 from deltafan_cli._local_model import MODEL, local_model
-from support import upstream as script
-from support.upstream import ScriptedUpstream, scripted_upstream
 
-BENCH = Path(__file__).parents[2] / "bench/upstream.py"
-SIMULATOR = Path(script.__file__)
+BENCH = str(Path(__file__).parents[2] / "bench/upstream.py")
 
 
 @pytest.fixture
@@ -134,11 +145,98 @@ async def test_leaving_a_stream_closes_the_connection(sdk: AsyncOpenAI, upstream
     assert upstream.requests[0].was_cut
 
 
+@pytest.mark.parametrize("dialect", ["openai", "dashscope"])
+async def test_what_the_sdk_accumulates_is_what_the_answer_says(
+    sdk: AsyncOpenAI, upstream: ScriptedUpstream, dialect: str
+) -> None:
+    parts: list[Part] = [Reasoning("Hm. "), Reasoning("So."), Text("Grüße, "), Text("世界")]
+    calls = [ToolCall("call_1", "weather", ['{"city":', ' "Oslo"}']), ToolCall("call_2", "time", ["{}"])]
+    answer = Answer([*parts, *calls], "tool_calls", Tokens(20, 10, cached_input=4, cache_write=3, reasoning=6))
+    upstream.then(answer)
+    url = upstream.url if dialect == "openai" else upstream.compatible_url
+    client = sdk.with_options(base_url=url)
+    options = {"include_usage": True}
+    hi: Any = [{"role": "user", "content": "Hi"}]
+    async with client.chat.completions.stream(model="some-model", messages=hi, stream_options=options) as stream:  # type: ignore[arg-type]
+        completion = await stream.get_final_completion()
+    [choice] = completion.choices
+    assert (choice.message.content, choice.finish_reason, completion.model) == (answer.text, "tool_calls", "some-model")
+    assert choice.message.reasoning_content == answer.reasoning  # type: ignore[attr-defined]
+    found = [(call.id, call.function.name, call.function.arguments) for call in choice.message.tool_calls or []]
+    assert found == [("call_1", "weather", '{"city": "Oslo"}'), ("call_2", "time", "{}")]
+    assert completion.usage is not None
+    usage = completion.usage.model_dump(exclude_unset=True)
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (20, 10, 30)
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 6}
+    details = usage["prompt_tokens_details"]
+    assert (details["cached_tokens"], details.get("cache_write_tokens") or details["cache_creation_input_tokens"]) == (
+        4,
+        3,
+    )
+
+
+async def test_an_answer_that_refuses(sdk: AsyncOpenAI, upstream: ScriptedUpstream) -> None:
+    upstream.then(Answer([Refusal("I'm "), Refusal("sorry")]))
+    chunks = await read(sdk)
+    assert (joined(chunks, "refusal"), joined(chunks, "content")) == ("I'm sorry", "")
+
+
+async def test_sound_ends_with_an_update_after_the_finish(sdk: AsyncOpenAI, upstream: ScriptedUpstream) -> None:
+    upstream.then(Answer([Audio(b"\x01\x02", "Hi")]))
+    chunks = await read(sdk)
+    sound = [choice.delta.audio for chunk in chunks for choice in chunk.choices if choice.delta.audio]
+    assert [update.model_dump(exclude_unset=True) for update in sound] == [
+        {"id": "audio_1", "transcript": "Hi"},
+        {"id": "audio_1", "data": "AQI="},
+        {"expires_at": 1},
+    ]
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+async def test_an_answer_has_usage_only_for_those_who_ask(
+    sdk: AsyncOpenAI, upstream: ScriptedUpstream, *, is_wanted: bool
+) -> None:
+    stream = await sdk.chat.completions.create(
+        model="sim",
+        messages=[{"role": "user", "content": "Hi"}],
+        stream=True,
+        stream_options={"include_usage": is_wanted},
+    )
+    assert any([chunk.usage async for chunk in stream]) is is_wanted
+
+
+async def test_without_stream_the_answer_is_one_object(sdk: AsyncOpenAI, upstream: ScriptedUpstream) -> None:
+    call = ToolCall("call_1", "weather", ["{", "}"])
+    upstream.then(Answer([Text("Hi"), call], "tool_calls"), Answer([Fault("server_error", "overloaded", 503)]))
+    messages: Any = [{"role": "user", "content": "Hi"}]
+    completion = await sdk.chat.completions.create(model="sim", messages=messages)
+    [choice] = completion.choices
+    assert (choice.message.content, choice.finish_reason) == ("Hi", "tool_calls")
+    assert [found.id for found in choice.message.tool_calls or []] == ["call_1"]
+    with pytest.raises(openai.InternalServerError, match="overloaded"):
+        await sdk.chat.completions.create(model="sim", messages=messages)
+
+
+async def test_a_fault_is_an_error_object_or_dashscopes_error_finish(
+    sdk: AsyncOpenAI, upstream: ScriptedUpstream
+) -> None:
+    answer = Answer([Text("Hi"), Fault("Throttling", 'too "fast"', 429), Text("never")])
+    upstream.then(answer, answer)
+    with pytest.raises(openai.APIError, match='too "fast"'):
+        await read(sdk)
+    *_, last = await read(sdk.with_options(base_url=upstream.compatible_url))
+    assert str(last.choices[0].finish_reason) == "error_finish"
+    frame = script.error_finish("Throttling", 'too "fast"')
+    assert isinstance(frame, dict)
+    assert last.choices[0].delta.content == frame["choices"][0]["delta"]["content"]
+    assert ":HTTP_STATUS/429\n" in str(last.choices[0].delta.content)
+
+
 @contextmanager
-def program(path: Path) -> Iterator[str]:
+def program(*arguments: str) -> Iterator[str]:
     """The URL of a simulator that runs as a process."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, str(path)], text=True, **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen([sys.executable, *arguments], text=True, **pipes) as process:  # type: ignore[call-overload]
         yield json.loads(process.stdout.readline())["url"]
         process.stdin.close()
         process.wait(10)
@@ -147,7 +245,7 @@ def program(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("server", "model"),
     [
-        pytest.param(lambda: program(SIMULATOR), "sim-8x1", id="simulator"),
+        pytest.param(lambda: program("-m", "deltafan.testing"), "sim-8x1", id="simulator"),
         pytest.param(lambda: program(BENCH), "bench-8-1-1", id="bench alone"),
         pytest.param(lambda: program(BENCH), "bench-8-0-3", id="bench in bursts"),
         pytest.param(local_model, MODEL, id="llama.cpp", marks=pytest.mark.model),
