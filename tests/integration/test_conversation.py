@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from deltafan import Consumer, InvalidRequest, JobConflict, JobNotFound, Producer
+from deltafan.testing import ScriptedUpstream
+from deltafan.testing import chat as script
 from deltafan_worker._leased import LeasedWorker
-from support import upstream as script
-from support.upstream import ScriptedUpstream
 from support.waiting import wait_until
 
 HI = [{"role": "user", "content": "What is the weather in Oslo and Rome?"}]

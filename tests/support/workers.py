@@ -17,11 +17,22 @@ from deltafan_worker.main import open_worker
 CATALOGUE = """
 [providers.sim]
 base_url = "{url}"
+api = ["chat", "responses"]
+[providers.other]
+base_url = "{url}"
+[providers.compatible]
+base_url = "{root}/compatible-mode/v1"
+api = ["chat", "responses"]
+[providers.native]
+base_url = "{root}/api/v1"
+api = "dashscope"
 [providers.keyed]
 base_url = "{url}"
 api_key_env = "SIM_KEY"
+[models.double]
+provider = ["sim", "other"]
 [models.sim]
-provider = "sim"
+provider = ["sim", "native"]
 price = {{ currency = "USD", input = 1.0, cached_input = 0.5, output = 2.0 }}
 """
 
@@ -29,7 +40,7 @@ price = {{ currency = "USD", input = 1.0, cached_input = 0.5, output = 2.0 }}
 def settings_env(redis_url: str, upstream_url: str, folder: Path, **settings: object) -> dict[str, str]:
     """An environment for a worker of these servers."""
     catalogue = folder / "models.toml"
-    catalogue.write_text(CATALOGUE.format(url=upstream_url))
+    catalogue.write_text(CATALOGUE.format(url=upstream_url, root=upstream_url.removesuffix("/v1")))
     env = {"DELTAFAN_REDIS_URL": redis_url, "DELTAFAN_MODELS": str(catalogue), "DELTAFAN_LEASE_S": "3"}
     return env | {f"DELTAFAN_{name.upper()}": str(value) for name, value in settings.items()}
 
