@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import orjson
@@ -15,6 +16,7 @@ import typer
 from deltafan import (
     Consumer,
     DeltafanError,
+    Generation,
     InvalidRequest,
     JobEnded,
     Producer,
@@ -147,7 +149,8 @@ def submit(
     prompt: Annotated[str, typer.Argument(help="The user's message; - reads it from standard input.")],
     model: Annotated[str, typer.Option("--model", "-m", help="A model of the catalogue, or provider/model.")],
     system: Annotated[str | None, typer.Option(help="A system message before it.")] = None,
-    body: Annotated[str | None, typer.Option(help="More of the native request, as a JSON object.")] = None,
+    api: Annotated[str, typer.Option(help="chat, responses or dashscope: what the provider is asked in.")] = "chat",
+    body: Annotated[str | None, typer.Option(help="More of that API's request, as a JSON object.")] = None,
     job_id: Annotated[
         str | None, typer.Option(help="An id of your own; repeating it does not run the job again.")
     ] = None,
@@ -159,7 +162,8 @@ def submit(
     """Submit a prompt. Prints the job's id, or with --follow its answer. Ctrl-C stops following, not the job."""
     text = sys.stdin.read() if prompt == "-" else prompt
     messages = [{"role": "system", "content": system}] if system else []
-    fields: dict[str, Any] = {"model": model, "messages": [*messages, {"role": "user", "content": text}], "lane": lane}
+    fields: dict[str, Any] = {"model": model, "messages": [*messages, {"role": "user", "content": text}]}
+    fields |= {"lane": lane, "api": api}
     if body is not None:
         fields["body"] = _json_object(body)
     if job_id is not None:
@@ -214,13 +218,14 @@ async def _follow(settings: Settings, job_id: str, after: str | None, *, as_json
 def result(
     job_id: JobId,
     timeout: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Write the answer's speech to this file, as WAV.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Wait for a job's end and print the whole answer."""
-    sys.exit(_await(_result(_settings(), job_id, timeout, as_json=as_json)))
+    sys.exit(_await(_result(_settings(), job_id, timeout, audio, as_json=as_json)))
 
 
-async def _result(settings: Settings, job_id: str, timeout: float | None, *, as_json: bool) -> int:
+async def _result(settings: Settings, job_id: str, timeout: float | None, audio: Path | None, *, as_json: bool) -> int:
     async with _consumer(settings) as consumer:
         try:
             generation = await consumer.result(job_id, timeout=timeout)
@@ -234,6 +239,14 @@ async def _result(settings: Settings, job_id: str, timeout: float | None, *, as_
         print_json(generation.to_json())
     else:
         show_result(generation)
+    return 0 if audio is None else _save_audio(generation, audio)
+
+
+def _save_audio(generation: Generation, path: Path) -> int:
+    if generation.audio is None:
+        err.print("There is no speech in this answer: ask for it with modalities and audio in the body.")
+        return EXIT_FAILED
+    path.write_bytes(generation.audio)
     return 0
 
 

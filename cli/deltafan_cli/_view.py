@@ -11,7 +11,10 @@ from rich.table import Table
 
 from deltafan import Event, Generation, UsageRecord
 
-out = Console(highlight=False, soft_wrap=True)
+_PIPE_COLUMNS = 250
+"""Tables in a pipe or a file are not cut to the 80 columns of a terminal that is not there."""
+
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _STYLES = {"reasoning": "dim italic", "content": "", "refusal": "yellow", "tool_call": "cyan"}
@@ -70,6 +73,11 @@ class EventPrinter:
         elif event.type == "tool_call" and event.tool_call is not None:
             name = f"\n{event.tool_call.name}: " if event.tool_call.name else ""
             out.print(escape(name + event.tool_call.arguments), style=_STYLES["tool_call"], end="")
+        elif event.annotation is not None:
+            source = event.annotation.get("url") or event.annotation.get("title") or event.annotation.get("type")
+            out.print(escape(f"\n[{source}]"), style="dim", end="")
+        elif event.audio is not None:
+            out.print(escape(event.audio.transcript) or "♪", style="blue", end="")
         elif event.is_delta:
             gap = "\n\n" if self._last_type not in ("", "started", event.type) else ""
             out.print(escape(gap + event.text), style=_STYLES[event.type], end="")
@@ -116,6 +124,12 @@ def show_result(result: Generation) -> None:
             out.print(escape(text), style=style)
     for call in result.tool_calls:
         out.print(escape(f"{call.name}({call.arguments})"), style=_STYLES["tool_call"])
+    for annotation in result.annotations:
+        out.print(
+            escape(f"[{annotation.get('url') or annotation.get('title') or annotation.get('type')}]"), style="dim"
+        )
+    if result.pcm:
+        out.print(f"{len(result.pcm) / 48_000:.1f} s of speech; --audio FILE saves it", style="blue")
     if result.usage is not None:
         out.print(usage_line(result.usage), style="dim")
 

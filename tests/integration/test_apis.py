@@ -66,7 +66,15 @@ def comparable(generation: Generation) -> Generation:
     assert usage is not None
     details = ("cached_input_tokens", "cache_write_tokens", "reasoning_tokens")
     counts: dict[str, Any] = {name: getattr(usage, name) or 0 for name in details}
-    own: dict[str, Any] = {"job_id": "", "call_id": "", "attempt": 0, "provider": "", "api": "", "response_id": None, "raw": None}
+    own: dict[str, Any] = {
+        "job_id": "",
+        "call_id": "",
+        "attempt": 0,
+        "provider": "",
+        "api": "",
+        "response_id": None,
+        "raw": None,
+    }
     clock: dict[str, Any] = {"started_at_ms": 0, "queued_ms": 0, "first_delta_ms": 0, "duration_ms": 0}
     return replace(generation, position=None, provider="", api="", usage=replace(usage, **own, **clock, **counts))
 

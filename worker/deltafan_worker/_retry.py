@@ -19,4 +19,6 @@ def pause_before(retry: int, error: UpstreamError, *, max_retries: int, jitter: 
         return None
     if error.retry_after_s is not None:
         return error.retry_after_s if error.retry_after_s <= LONGEST_RETRY_AFTER_S else None
+    if error.at_once and retry == 1:
+        return 0.0
     return min(FIRST_PAUSE_S * 2.0 ** (retry - 1), LONGEST_PAUSE_S) * (1 - jitter / 4)

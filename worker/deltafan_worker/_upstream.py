@@ -97,3 +97,7 @@ async def _post(
     except aiohttp.ClientConnectorError as error:
         message = f"{route.provider} can not be reached ({error.os_error.strerror or 'no address'})"
         raise UpstreamError(code="connect_failed", message=message, retryable=True) from error
+    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+        # Mostly a kept-alive connection that the server closed at the moment when it was used again.
+        message = f"the connection to {route.provider} broke ({type(error).__name__})"
+        raise UpstreamError(code="connection_lost", message=message, retryable=True, at_once=True) from error

@@ -78,6 +78,7 @@ class UpstreamError(Exception):
         status: int | None = None,
         retry_after_s: float | None = None,
         request_id: str | None = None,
+        at_once: bool = False,
     ) -> None:
         self.code = code
         self.message = message[:MAX_MESSAGE_CHARS]
@@ -85,6 +86,8 @@ class UpstreamError(Exception):
         self.status = status
         self.retry_after_s = retry_after_s
         self.request_id = request_id
+        self.at_once = at_once
+        """Whether the first retry need not wait: nothing says that the provider has too much to do."""
         super().__init__(self.message)
 
     @property
