@@ -1,6 +1,6 @@
 # Everything a developer runs. Needs make and Python 3.11 or later; the rest is installed into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types ci bench chaos wheel lock clean
+.PHONY: fuzz help setup demo test lint types ci bench chaos wheel lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -38,6 +38,9 @@ ci: lint types test wheel ## What must be green before a change lands
 
 bench: $(VENV)/.tests ## Measure the budgets, beside the naive loop in the same run
 	$(BIN)/python bench/run.py $(ARGS)
+
+fuzz: $(VENV)/.tests ## A million broken streams for each decoder (CASES=, SEED=)
+	$(BIN)/python tests/fuzz/decoders.py $(if $(CASES),--cases $(CASES)) $(if $(SEED),--seed $(SEED))
 
 chaos: $(VENV)/.tests ## Kill workers and servers under load
 	$(BIN)/python -m pytest -q tests/chaos $(ARGS)

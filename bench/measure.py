@@ -46,7 +46,8 @@ class Bench:
     def env(self) -> dict[str, str]:
         """The environment of a deltafan worker that calls the fast upstream."""
         catalogue = self.folder / "models.toml"
-        catalogue.write_text(f'[providers.b]\nbase_url = "{self.upstream_url}"\n')
+        apis = '["chat", "responses", "dashscope"]'
+        catalogue.write_text(f'[providers.b]\nbase_url = "{self.upstream_url}"\napi = {apis}\n')
         return {
             "DELTAFAN_REDIS_URL": self.redis_url,
             "DELTAFAN_MODELS": str(catalogue),

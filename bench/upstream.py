@@ -33,6 +33,23 @@ def http_chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+def typed(kind: str, number: int, **fields: Any) -> bytes:
+    """One event as OpenAI's Responses API sends it."""
+    data = json.dumps({"type": kind, "sequence_number": number, **fields}, separators=(",", ":"))
+    return f"event: {kind}\ndata: {data}\n\n".encode()
+
+
+def native(text: str, number: int, finish: str = "null") -> bytes:
+    """One frame as DashScope's native API sends it."""
+    choice = {"message": {"content": text, "role": "assistant"}, "finish_reason": finish}
+    usage = {"total_tokens": 10 + number, "output_tokens": number, "input_tokens": 10}
+    request_id = "d272255f-82d7-9cc7-93c5-17ff77024349"
+    data = json.dumps(
+        {"output": {"choices": [choice]}, "usage": usage, "request_id": request_id}, separators=(",", ":")
+    )
+    return f"id:{number}\nevent:result\n:HTTP_STATUS/200\ndata:{data}\n\n".encode()
+
+
 CONTENT = " token"
 DELTA = frame([{"index": 0, "delta": {"content": CONTENT}, "logprobs": None, "finish_reason": None}])
 END = (
@@ -40,15 +57,36 @@ END = (
     + frame([], {"prompt_tokens": 10, "completion_tokens": 100, "total_tokens": 110})
     + b"data: [DONE]\n\n"
 )
+ITEM = "msg_0da4c3f1f2e8a9000169953"
+PLACE = {"item_id": ITEM, "output_index": 0, "content_index": 0}
+
+
+def frames(path: str, count: int) -> tuple[list[bytes], bytes]:
+    """The deltas of an answer, and its end, as the API of this path streams them."""
+    if path.endswith("/responses"):
+        deltas = [
+            typed("response.output_text.delta", n, delta=CONTENT, logprobs=[], **PLACE, obfuscation="qfQVOwfh62oUst")
+            for n in range(count)
+        ]
+        usage: dict[str, Any] = {"input_tokens": 10, "output_tokens": 100, "total_tokens": 110}
+        usage |= {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
+        part = {"type": "output_text", "text": CONTENT * count, "annotations": []}
+        item = {"type": "message", "id": ITEM, "role": "assistant", "status": "completed", "content": [part]}
+        response = {"id": "resp_1", "object": "response", "created_at": 1, "model": "bench", "status": "completed"}
+        return deltas, typed("response.completed", count, response={**response, "output": [item], "usage": usage})
+    if path.endswith("/generation"):
+        return [native(CONTENT, n + 1) for n in range(count)], native("", count + 1, "stop")
+    return [DELTA] * count, END
 
 
 @cache
-def shape(model: str) -> tuple[list[bytes], float]:
+def shape(path: str, model: str) -> tuple[list[bytes], float]:
     """The writes of an answer and the seconds between them."""
     deltas, gap_ms, burst = model.rsplit("bench-", 1)[1].split("-")
-    count, size = int(deltas), int(burst)
-    writes = [http_chunk(DELTA * min(size, count - sent)) for sent in range(0, count, size)]
-    return [*writes, http_chunk(END) + b"0\r\n\r\n"], float(gap_ms) / 1000
+    pieces, end = frames(path, int(deltas))
+    size = int(burst)
+    writes = [http_chunk(b"".join(pieces[sent : sent + size])) for sent in range(0, len(pieces), size)]
+    return [*writes, http_chunk(end) + b"0\r\n\r\n"], float(gap_ms) / 1000
 
 
 class Server(asyncio.Protocol):
@@ -85,7 +123,8 @@ class Server(asyncio.Protocol):
             self._answer_stats()
             return
         self._arrivals.append(time.time())
-        writes, gap_s = shape(json.loads(body[:length])["model"])
+        path = head.split(b" ", 2)[1].decode()
+        writes, gap_s = shape(path, json.loads(body[:length])["model"])
         self._transport.write(RESPONSE)
         self._stamped = json.loads(body[:length])["model"].startswith("stamped-")
         if gap_s == 0:

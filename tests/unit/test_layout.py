@@ -196,3 +196,13 @@ def test_the_client_column_has_another_redis_py_and_no_extra() -> None:
     client = pins("client.txt")
     assert client["redis"].split(".")[0] != pins("worker.txt")["redis"].split(".")[0]
     assert not client.keys() & {"arq", "aiohttp", "openai", "typer", "uvloop"}
+
+
+def test_every_oddity_of_the_wire_has_its_tests() -> None:
+    rows = re.findall(r"^\| (\d+) \|.*\| (.+) \|$", (ROOT / "docs/oddities.md").read_text(), flags=re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 36))
+    for number, tests in rows:
+        named = re.findall(r"\[`(\w+)`\]\(\.\./([^)]+)\)", tests)
+        assert named, f"row {number} has no test"
+        for name, path in named:
+            assert f"def {name}(" in (ROOT / path).read_text(), f"{name} is not in {path}"

@@ -67,7 +67,8 @@ class SseDecoder:
         rest = lines.pop()
         if lines:
             if self._line:
-                lines[0] = b"".join(self._line) + lines[0]
+                self._line.append(lines[0])
+                lines[0] = b"".join(self._line)
                 self._line, self._line_bytes = [], 0
             for line in lines:
                 self._take(line)
