@@ -38,8 +38,23 @@ def _chat_body(route: Route, body: Mapping[str, Any]) -> dict[str, Any]:
     return {**route.defaults, **body, "model": route.model, "stream": True, "stream_options": options}
 
 
+def continued(route: Route, body: Mapping[str, Any], said: str) -> dict[str, Any]:
+    """The body that asks for the rest of an answer of which `said` is there."""
+    message: dict[str, Any] = {"role": "assistant", "content": said}
+    options: dict[str, Any] = {}
+    match route.continuation:
+        case "partial":
+            message["partial"] = True
+        case "prefix":
+            message["prefix"] = True
+        case "continue_final_message":
+            options = {"continue_final_message": True, "add_generation_prompt": False}
+    return {**body, **options, "messages": [*body["messages"], message]}
+
+
 def _responses_body(route: Route, body: Mapping[str, Any]) -> dict[str, Any]:
-    return {**route.defaults, **body, "model": route.model, "stream": True}
+    kept = {"background": True, "store": True} if route.in_background else {}
+    return {**route.defaults, **body, **kept, "model": route.model, "stream": True}
 
 
 def _dashscope_body(route: Route, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,13 +17,25 @@ from deltafan._position import Position
 from deltafan._request import JobRequest, check_job_id, parse_request
 from deltafan._retention import Retention
 from deltafan._usage import CallOutcome, UsageRecord
+from deltafan_worker._apis import continued
 from deltafan_worker._calls import ModelCalls
 from deltafan_worker._claim import Claim, Leave
 from deltafan_worker._ending import CallMeter, Ending, members, seal
 from deltafan_worker._interrupt import Interrupt, Reason
 from deltafan_worker._publisher import Publisher
+from deltafan_worker._resumption import read_broken, route_onwards, text_of
 from deltafan_worker._route import Route
-from deltafan_worker._writer import Begun, Call, Ended, NotOurs, RunLimits, Sealed, StreamWriter
+from deltafan_worker._writer import (
+    Begun,
+    Broken,
+    Call,
+    Ended,
+    Moved,
+    NotOurs,
+    RunLimits,
+    Sealed,
+    StreamWriter,
+)
 
 RELEASE_DELAY_MS = 1000
 """A job that turned out to be another's is left to its owner for this long."""
@@ -109,30 +121,59 @@ class JobRunner:
 
     async def _attempts(self, job: _Job, writer: StreamWriter, claim: Claim) -> None:
         """Run attempts until one ends the job, or it is another's."""
-        limits = RunLimits(self._max_attempts, job.request.on_interrupt if job.request else "restart")
         meter, note = self._meter(job), b""
         self._calls.prepare(job.routes)
-        verdict = await writer.begin(self._call(meter), limits)
+        broken = await self._left_by_others(job, writer, claim)
+        verdict = await self._begin(job, writer, meter, note, broken)
         while isinstance(verdict, Begun):
-            ending = await self._generate(job, writer, meter)
+            ending = await self._generate(job, writer, meter, broken if verdict.mode == "continue" else None)
             if ending is None:
                 await self._let_go(writer, meter, claim)
                 return
-            if self._may_restart(job, writer, ending):
+            if self._may_run_again(job, writer, ending):
                 note = _note(meter, writer, "interrupted")
-                meter = self._meter(job)
-                verdict = await writer.begin(self._call(meter), limits, previous_note=note)
+                meter, broken = self._meter(job), writer.broken_off()
+                verdict = await self._begin(job, writer, meter, note, broken)
             else:
                 verdict = await writer.finish(partial(_seal, ending, writer, meter))
         self._settle(claim, verdict, writer, meter)
 
-    async def _generate(self, job: _Job, writer: StreamWriter, meter: CallMeter | None) -> Ending | None:
-        """Stream one answer; None when the job is to be given to another worker."""
+    async def _left_by_others(self, job: _Job, writer: StreamWriter, claim: Claim) -> Broken | None:
+        """What an earlier claim's attempt has left, for a job that may go on from it."""
+        if claim.number < 2 or job.request is None or job.request.on_interrupt != "continue":
+            return None
+        return await read_broken(self._publisher, writer.events_key)
+
+    async def _begin(
+        self, job: _Job, writer: StreamWriter, meter: CallMeter | None, note: bytes, broken: Broken | None
+    ) -> Begun | Ended | NotOurs:
+        """Open an attempt that goes on from `broken`, where job and providers allow it; else one from the start."""
+        goes_on = job.request is not None and job.request.on_interrupt == "continue"
+        route = route_onwards(job.routes, broken) if goes_on and broken is not None else None
+        limits = RunLimits(self._max_attempts, job.request.on_interrupt if job.request else "restart")
+        if route is not None and meter is not None:
+            meter.route = route
+            verdict = await writer.begin(self._call(meter), limits, previous_note=note, broken=broken)
+            if not isinstance(verdict, Moved):
+                return verdict
+            meter.route = job.routes[0]
+        verdict = await writer.begin(self._call(meter), limits, previous_note=note)
+        if isinstance(verdict, Moved):
+            raise AssertionError("begin moved from nowhere")
+        return verdict
+
+    async def _generate(
+        self, job: _Job, writer: StreamWriter, meter: CallMeter | None, broken: Broken | None
+    ) -> Ending | None:
+        """Stream one answer, or the rest of a broken one; None when the job is to be given to another worker."""
         if job.refusal is not None or job.request is None or meter is None:
             return job.refusal
         deadline_ms = job.request.deadline_ms
         remaining_s = None if deadline_ms is None else max(0.0, deadline_ms / 1000 - time.time())
-        call = self._calls.answer(job.routes, job.request.body, writer, meter)
+        routes, body = job.routes, job.request.body
+        if broken is not None:
+            routes, body = (meter.route,), continued(meter.route, body, text_of(broken))
+        call = self._calls.answer(routes, body, writer, meter)
         ending = await writer.interrupt.run(call, within_s=remaining_s)
         if ending is not None:
             return ending
@@ -140,10 +181,10 @@ class JobRunner:
             await self._record_cancel(writer)
         return _ending_of(writer.interrupt)
 
-    def _may_restart(self, job: _Job, writer: StreamWriter, ending: Ending) -> bool:
-        """Whether an answer that broke after its first delta is generated again, visibly to its readers."""
+    def _may_run_again(self, job: _Job, writer: StreamWriter, ending: Ending) -> bool:
+        """Whether an answer that broke after its first delta is generated again, or gone on with."""
         broken = ending.status == FAILED and ending.failure is not None and ending.failure.retryable
-        allowed = job.request is not None and job.request.on_interrupt == "restart" and writer.interrupt.reason is None
+        allowed = job.request is not None and job.request.on_interrupt != "fail" and writer.interrupt.reason is None
         return broken and allowed and len(writer.log) > 0 and writer.attempt_no < self._max_attempts
 
     async def _record_cancel(self, writer: StreamWriter) -> None:
