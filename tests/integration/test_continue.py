@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from deltafan import Consumer, Event, JobFailed, Producer, UsageRecord, fold
-from deltafan.testing import Answer, Cut, Reasoning, ScriptedUpstream, Text, ToolCall
+from deltafan.testing import Answer, Cut, Reasoning, Refuse, ScriptedUpstream, Text, ToolCall
 from deltafan_worker._leased import LeasedWorker
 from support.waiting import wait_until
 from support.workers import running_worker, worker_process
@@ -135,3 +135,82 @@ async def test_a_stream_that_is_lost_is_written_again_with_its_beginning(
     assert modes(events) == ["replay"]
     assert fold(events).content == "Once upon a time."
     assert await consumer.result(job.id) == fold(events)
+
+
+async def test_a_background_response_is_read_on_after_a_cut(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: Redis
+) -> None:
+    gate = asyncio.Event()
+    upstream.then(Answer([Text("Once"), Text(" upon"), gate, Text(" a"), Text(" time.")]))
+    upstream.then_refuse_retrieving(Refuse(503))
+    job = await producer.submit(
+        model="background/x", messages=HI, api="responses", on_interrupt="continue", timeouts={"silence_s": 0.4}
+    )
+    await wait_until(lambda: len(upstream.requests) > 2, "the silent connection is given up for others")
+    gate.set()
+    events = await read(consumer, job.id)
+    assert [event.type for event in events] == ["started", *["content"] * 4, "completed"]
+    assert fold(events).content == "Once upon a time."
+    first, *others = upstream.requests
+    assert (first.body["background"], first.body["store"]) == (True, True)
+    assert {(other.method, other.query["stream"]) for other in others} == {("GET", "true")}
+    assert others[-1].query["starting_after"] != "0", "only what was not read yet is asked for"
+    await wait_until(lambda: redis.exists("deltafan:usage"), "the bill is written")
+    assert await ledger(redis) == [(1, "completed")]
+
+
+@pytest.mark.parametrize("said", [[Text("Once"), Text(" upon")], []])
+async def test_another_worker_reads_on_in_the_same_response(
+    producer: Producer,
+    consumer: Consumer,
+    env: dict[str, str],
+    upstream: ScriptedUpstream,
+    redis: Redis,
+    said: list[Any],
+) -> None:
+    gate = asyncio.Event()
+    upstream.then(Answer([Reasoning("Hm."), *said, gate, Text(" a time.")]))
+    with worker_process(env) as killed:
+        request = {"model": "background/x", "messages": HI, "api": "responses", "on_interrupt": "continue"}
+        job = await producer.submit(**request)
+        async with consumer.tail(job.id) as tail:
+            async for event in tail:
+                if event.text == (said[-1].text if said else "Hm."):
+                    break
+        killed.kill()
+        async with running_worker(env):
+            await wait_until(lambda: len(upstream.requests) > 1, "another worker asks for the response")
+            gate.set()
+            events = await read(consumer, job.id)
+            await wait_until(lambda: redis.exists("deltafan:usage"), "the bill is written")
+    assert modes(events) == ["fresh", "continue"]
+    assert "".join(event.text for event in events if event.type == "content") == fold(events).content
+    assert fold(events).reasoning == "Hm."
+    assert [request.method for request in upstream.requests] == ["POST", "GET"], "the model was called once"
+    assert await ledger(redis) == [(2, "completed")], "and billed once"
+
+
+async def test_a_cancelled_background_response_is_ended_upstream(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
+) -> None:
+    upstream.then(Answer([Text("Once"), asyncio.Event()]))
+    request = {"model": "background/x", "messages": HI, "api": "responses", "on_interrupt": "continue"}
+    job = await producer.submit(**request)
+    async with consumer.tail(job.id) as tail:
+        async for event in tail:
+            if event.text:
+                break
+    await producer.cancel(job.id)
+    await wait_until(lambda: upstream.requests[-1].path.endswith("/cancel"), "the provider is told")
+
+
+async def test_a_response_that_is_gone_is_generated_anew(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
+) -> None:
+    upstream.then(Answer([Text("Once"), Cut()]))
+    upstream.then_refuse_retrieving(Refuse(404))
+    request = {"model": "background/x", "messages": HI, "api": "responses", "on_interrupt": "continue"}
+    job = await producer.submit(**request)
+    events = await read(consumer, job.id)
+    assert modes(events) == ["fresh", "restart"]
+    assert fold(events).content == "Hello, world!"

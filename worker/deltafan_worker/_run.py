@@ -11,23 +11,21 @@ from uuid import uuid4
 import orjson
 
 from deltafan._errors import DeltafanError, InvalidRequest
-from deltafan._events import FAILED
+from deltafan._events import COMPLETED, FAILED
 from deltafan._lua import load
 from deltafan._position import Position
 from deltafan._request import JobRequest, check_job_id, parse_request
 from deltafan._retention import Retention
 from deltafan._usage import CallOutcome, UsageRecord
-from deltafan_worker._apis import continued
 from deltafan_worker._calls import ModelCalls
 from deltafan_worker._claim import Claim, Leave
 from deltafan_worker._ending import CallMeter, Ending, members, seal
 from deltafan_worker._interrupt import Interrupt, Reason
 from deltafan_worker._publisher import Publisher
-from deltafan_worker._resumption import read_broken, route_onwards, text_of
+from deltafan_worker._resumption import Leftover, Plan, plan_onwards, read_leftover
 from deltafan_worker._route import Route
 from deltafan_worker._writer import (
     Begun,
-    Broken,
     Call,
     Ended,
     Moved,
@@ -52,6 +50,11 @@ class _Job:
     request: JobRequest | None = None
     routes: Sequence[Route] = ()
     refusal: Ending | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an answer that broke off is to be gone on with."""
+        return self.request is not None and self.request.on_interrupt == "continue"
 
 
 class JobRunner:
@@ -109,11 +112,7 @@ class JobRunner:
         try:
             check_job_id(job_id)
             request = parse_request(fields)
-            timeouts = request.timeouts.model_dump(exclude_none=True) if request.timeouts else {}
-            routes = [
-                replace(route, timeouts=route.timeouts.over(timeouts))
-                for route in self._resolve(request.model, request.api)
-            ]
+            routes = [_as_asked(route, request) for route in self._resolve(request.model, request.api)]
             return _Job(id=job_id, request=request, routes=routes)
         except DeltafanError as error:
             code = "invalid_request" if isinstance(error, InvalidRequest) else error.code
@@ -121,59 +120,53 @@ class JobRunner:
 
     async def _attempts(self, job: _Job, writer: StreamWriter, claim: Claim) -> None:
         """Run attempts until one ends the job, or it is another's."""
-        meter, note = self._meter(job), b""
         self._calls.prepare(job.routes)
-        broken = await self._left_by_others(job, writer, claim)
-        verdict = await self._begin(job, writer, meter, note, broken)
+        verdict, meter, plan = await self._begin(job, writer, await self._left_by_others(job, writer, claim))
         while isinstance(verdict, Begun):
-            ending = await self._generate(job, writer, meter, broken if verdict.mode == "continue" else None)
+            ending = await self._generate(job, writer, meter, plan)
             if ending is None:
                 await self._let_go(writer, meter, claim)
                 return
             if self._may_run_again(job, writer, ending):
-                note = _note(meter, writer, "interrupted")
-                meter, broken = self._meter(job), writer.broken_off()
-                verdict = await self._begin(job, writer, meter, note, broken)
+                note, leftover = _note(meter, writer, "interrupted"), Leftover(writer.broken_off())
+                verdict, meter, plan = await self._begin(job, writer, leftover, note)
             else:
                 verdict = await writer.finish(partial(_seal, ending, writer, meter))
         self._settle(claim, verdict, writer, meter)
+        if meter is not None and isinstance(verdict, Ended) and verdict.status != COMPLETED:
+            await self._calls.end_background(meter)
 
-    async def _left_by_others(self, job: _Job, writer: StreamWriter, claim: Claim) -> Broken | None:
+    async def _left_by_others(self, job: _Job, writer: StreamWriter, claim: Claim) -> Leftover:
         """What an earlier claim's attempt has left, for a job that may go on from it."""
-        if claim.number < 2 or job.request is None or job.request.on_interrupt != "continue":
-            return None
-        return await read_broken(self._publisher, writer.events_key)
+        if claim.number < 2 or not job.goes_on:
+            return Leftover()
+        return await read_leftover(self._publisher, writer.events_key, writer.state_key)
 
     async def _begin(
-        self, job: _Job, writer: StreamWriter, meter: CallMeter | None, note: bytes, broken: Broken | None
-    ) -> Begun | Ended | NotOurs:
-        """Open an attempt that goes on from `broken`, where job and providers allow it; else one from the start."""
-        goes_on = job.request is not None and job.request.on_interrupt == "continue"
-        route = route_onwards(job.routes, broken) if goes_on and broken is not None else None
+        self, job: _Job, writer: StreamWriter, leftover: Leftover, note: bytes = b""
+    ) -> tuple[Begun | Ended | NotOurs, CallMeter | None, Plan]:
+        """Open an attempt that goes on from what is left, where job and providers allow it; else one from the start."""
+        anew = Plan(job.routes, job.request.body if job.request else {})
+        onwards = plan_onwards(job.routes, anew.body, leftover) if job.goes_on else None
         limits = RunLimits(self._max_attempts, job.request.on_interrupt if job.request else "restart")
-        if route is not None and meter is not None:
-            meter.route = route
-            verdict = await writer.begin(self._call(meter), limits, previous_note=note, broken=broken)
-            if not isinstance(verdict, Moved):
-                return verdict
-            meter.route = job.routes[0]
-        verdict = await writer.begin(self._call(meter), limits, previous_note=note)
-        if isinstance(verdict, Moved):
-            raise AssertionError("begin moved from nowhere")
-        return verdict
+        for plan in (onwards, anew):
+            if plan is not None:
+                meter = self._meter(job, plan)
+                verdict = await writer.begin(self._call(meter), limits, previous_note=note, broken=plan.broken)
+                if not isinstance(verdict, Moved):
+                    return verdict, meter, plan
+        raise AssertionError("an attempt from the start depends on nothing that could have moved")
 
-    async def _generate(
-        self, job: _Job, writer: StreamWriter, meter: CallMeter | None, broken: Broken | None
-    ) -> Ending | None:
-        """Stream one answer, or the rest of a broken one; None when the job is to be given to another worker."""
+    async def _generate(self, job: _Job, writer: StreamWriter, meter: CallMeter | None, plan: Plan) -> Ending | None:
+        """Stream one answer, or the rest of one; None when the job is to be given to another worker."""
         if job.refusal is not None or job.request is None or meter is None:
             return job.refusal
         deadline_ms = job.request.deadline_ms
         remaining_s = None if deadline_ms is None else max(0.0, deadline_ms / 1000 - time.time())
-        routes, body = job.routes, job.request.body
-        if broken is not None:
-            routes, body = (meter.route,), continued(meter.route, body, text_of(broken))
-        call = self._calls.answer(routes, body, writer, meter)
+        if plan.response is not None:
+            call = self._calls.listen_again(plan.routes[0], plan.response, plan.published, writer, meter)
+        else:
+            call = self._calls.answer(plan.routes, plan.body, writer, meter)
         ending = await writer.interrupt.run(call, within_s=remaining_s)
         if ending is not None:
             return ending
@@ -197,7 +190,7 @@ class JobRunner:
         claim.leave, claim.status = Leave.RELEASE, "running"
         if writer.interrupt.reason is Reason.HAND_OVER:
             await writer.hand_over(_note(meter, writer, "handed_over"))
-        elif meter is not None:
+        elif meter is not None and not meter.goes_on_alone:
             claim.notes = ((meter.call_id, _note(meter, writer, "interrupted")),)
 
     def _settle(self, claim: Claim, verdict: Ended | NotOurs, writer: StreamWriter, meter: CallMeter | None) -> None:
@@ -206,20 +199,20 @@ class JobRunner:
             claim.leave, claim.status, claim.notes = Leave.FINISH, verdict.status, verdict.notes
             return
         claim.leave, claim.status, claim.release_delay_ms = Leave.RELEASE, "running", RELEASE_DELAY_MS
-        if called and meter is not None:
+        if called and meter is not None and not meter.goes_on_alone:
             claim.notes = ((meter.call_id, _note(meter, writer, "interrupted")),)
 
-    def _meter(self, job: _Job) -> CallMeter | None:
+    def _meter(self, job: _Job, plan: Plan) -> CallMeter | None:
         if job.request is None:
             return None
         return CallMeter(
             job_id=job.id,
-            call_id=uuid4().hex,
+            call_id=plan.response.call if plan.response else uuid4().hex,
             lane=job.request.lane,
             tenant=job.request.tenant,
             worker=self._worker,
             submitted_at_ms=job.request.submitted_at_ms,
-            route=job.routes[0],
+            route=plan.routes[0],
         )
 
     def _call(self, meter: CallMeter | None) -> Call:
@@ -231,6 +224,13 @@ class JobRunner:
         lost = meter.record("lost", attempt=0, attempt_no=0).to_json()
         del lost["attempt"], lost["attempt_no"]
         return Call(meter.call_id, members(started), members(lost))
+
+
+def _as_asked(route: Route, request: JobRequest) -> Route:
+    """The route as this job wants it used."""
+    timeouts = request.timeouts.model_dump(exclude_none=True) if request.timeouts else {}
+    in_background = request.on_interrupt == "continue" and route.continuation == "background"
+    return replace(route, timeouts=route.timeouts.over(timeouts), in_background=in_background)
 
 
 def _seal(ending: Ending, writer: StreamWriter, meter: CallMeter | None, cancel_reason: str | None) -> Sealed:

@@ -10,7 +10,7 @@ from uuid import uuid4
 from deltafan._events import Delta
 from deltafan._lua import Script, load
 from deltafan._position import Position
-from deltafan._resp import Argument, Reply, pack
+from deltafan._resp import Argument, Reply, ignore, pack
 from deltafan._retention import Retention
 from deltafan_worker._interrupt import Interrupt, Reason
 from deltafan_worker._log import AttemptLog, append_head
@@ -23,8 +23,8 @@ log = logging.getLogger("deltafan.writer")
 MAX_REPLAYS = 5
 """How often one run writes its stream anew before it gives up: a server that keeps losing keys is not noeviction."""
 
-_BEGIN, _COMPARE, _FINISH, _HAND_OVER = (
-    load(name, "deltafan_worker") for name in ("begin", "compare", "finish", "hand_over")
+_BEGIN, _COMPARE, _FINISH, _HAND_OVER, _NOTE_RESPONSE = (
+    load(name, "deltafan_worker") for name in ("begin", "compare", "finish", "hand_over", "note_response")
 )
 
 
@@ -209,6 +209,11 @@ class StreamWriter:
         self._flowing = False
         reply = await self._ask(_HAND_OVER, (self.run, self._call.id, note, self._retention.live_ms))
         return _pairs(reply[1])
+
+    def note_response(self, note: str) -> None:
+        """Note where the upstream response can be found again; best effort, nobody waits for it."""
+        keys, args = self._keys, (self.run, note)
+        self._publisher.send(pack("EVAL", _NOTE_RESPONSE.source, len(keys), *keys, *args), ignore)
 
     def close(self) -> None:
         """Leave the publisher: nothing more is sent for this job."""

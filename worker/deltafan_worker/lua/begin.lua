@@ -64,6 +64,8 @@ redis.call('XADD', EVENTS, number .. '-0', 'type', 'started', 'data', '{"attempt
 local base = redis.call('XLEN', EVENTS)
 redis.call('HSET', STATE, 'status', 'running', 'attempt', number, 'run', run, 'claim', digits(math.max(claim, owner_claim)),
   'runs', runs, 'base', base, 'mode', how)
+local response = redis.call('HGET', STATE, 'response')
+if response and string.sub(response, 1, #ARGV[9] + 1) ~= ARGV[9] .. ' ' then redis.call('HDEL', STATE, 'response') end
 if ARGV[9] ~= '' then
   redis.call('HSETNX', STATE, 'u:' .. ARGV[9], '{"attempt":' .. number .. ',"attempt_no":' .. runs .. ',' .. ARGV[10] .. '}')
 end
