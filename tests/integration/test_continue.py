@@ -171,7 +171,12 @@ async def test_another_worker_reads_on_in_the_same_response(
     gate = asyncio.Event()
     upstream.then(Answer([Reasoning("Hm."), *said, gate, Text(" a time.")]))
     with worker_process(env) as killed:
-        request = {"model": "background/x", "messages": HI, "api": "responses", "on_interrupt": "continue"}
+        request: dict[str, Any] = {
+            "model": "background/x",
+            "messages": HI,
+            "api": "responses",
+            "on_interrupt": "continue",
+        }
         job = await producer.submit(**request)
         async with consumer.tail(job.id) as tail:
             async for event in tail:
@@ -194,7 +199,7 @@ async def test_a_cancelled_background_response_is_ended_upstream(
     producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
 ) -> None:
     upstream.then(Answer([Text("Once"), asyncio.Event()]))
-    request = {"model": "background/x", "messages": HI, "api": "responses", "on_interrupt": "continue"}
+    request: dict[str, Any] = {"model": "background/x", "messages": HI, "api": "responses", "on_interrupt": "continue"}
     job = await producer.submit(**request)
     async with consumer.tail(job.id) as tail:
         async for event in tail:
@@ -209,7 +214,7 @@ async def test_a_response_that_is_gone_is_generated_anew(
 ) -> None:
     upstream.then(Answer([Text("Once"), Cut()]))
     upstream.then_refuse_retrieving(Refuse(404))
-    request = {"model": "background/x", "messages": HI, "api": "responses", "on_interrupt": "continue"}
+    request: dict[str, Any] = {"model": "background/x", "messages": HI, "api": "responses", "on_interrupt": "continue"}
     job = await producer.submit(**request)
     events = await read(consumer, job.id)
     assert modes(events) == ["fresh", "restart"]
