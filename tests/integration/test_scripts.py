@@ -60,7 +60,8 @@ async def test_a_number_is_never_issued_again_not_even_when_all_keys_are_lost(sc
 
 
 def _clock(redis: Any) -> Callable[[], Any]:
-    return redis.time
+    clock: Callable[[], Any] = redis.time
+    return clock
 
 
 async def _is_after(clock: Callable[[], Any], moment_ms: int) -> bool:
