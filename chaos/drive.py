@@ -45,8 +45,8 @@ class Table:
 
 def _print(name: str, account: Account) -> None:
     verdict = account.verdict
-    figures = (account.runs, account.faults, account.jobs, account.deltas, verdict.lost, verdict.duplicated)
-    figures += (verdict.disordered, verdict.wrong, account.double_billed, account.unbilled)
+    figures = [account.runs, account.faults, account.jobs, account.deltas, verdict.lost, verdict.duplicated]
+    figures += [verdict.disordered, verdict.wrong, account.double_billed, account.unbilled]
     line = "".join(f"{figure:>9,}" for figure in figures)
     print(f"{name:<50}{line}{account.worst_silence_s:>8.1f}s", flush=True)
 
