@@ -4,6 +4,7 @@ Each fault alone, then random mixtures, then the deliberately broken builds, whi
 seed; the same seed draws the same faults at the same jobs, though not at the same microsecond.
 """
 
+import logging
 import random
 import sys
 import time
@@ -80,6 +81,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
     parser.add_argument("--only", help="faults whose name holds this")
     args = parser.parse_args()
+    logging.disable(logging.WARNING)  # a connection that is lost is no news here
     print(f"seed {args.seed}")
     return uvloop.run(run(args.minutes, args.seed, args.only))
 
