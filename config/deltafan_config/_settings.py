@@ -85,6 +85,12 @@ class Settings(BaseModel):
     """For a whole model call; it ends what the other timeouts would still allow."""
     max_retries: Annotated[int, Field(ge=0, le=20)] = 3
     """Further tries of one provider before the first delta, within one run; 0: none. Then comes the next provider."""
+    max_queued: Annotated[int, Field(ge=1)] | None = None
+    """A submit is refused while so many jobs of its lane wait for a worker. Unset: never, so
+    they fill Redis' memory."""
+    max_output_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024 * 1024
+    """The longest answer of a model call, all its deltas together; a job may ask for less. What is longer ends with
+    output_too_long. Ordinary answers stay below 1 MiB, speech needs 85 KB a second."""
     replicas: Annotated[int, Field(ge=0, le=16)] = 0
     """Replicas that must have a submit or a cancel before it is acknowledged, and a job's end before the queue is told
     (WAIT); 0: none. Never detected, since a replica that is down must not lower the promise."""

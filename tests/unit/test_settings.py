@@ -48,6 +48,8 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         "replicas_timeout_ms": 500,
         "ledger_max_records": 1_000_000,
         "max_body_bytes": 8 * 1024 * 1024,
+        "max_queued": None,
+        "max_output_bytes": 16 * 1024 * 1024,
         "log_level": "info",
         "log_format": "text",
     }
@@ -81,6 +83,8 @@ def test_every_field_is_read_from_its_variable() -> None:
         "replicas_timeout_ms": 9,
         "ledger_max_records": 1000,
         "max_body_bytes": 1024,
+        "max_queued": 5,
+        "max_output_bytes": 1025,
         "log_level": "debug",
         "log_format": "json",
     }

@@ -106,6 +106,8 @@ class ModelCalls:
             if meter.deltas == 0:
                 meter.first_delta_s = clock()
             meter.deltas += len(deltas)
+            if writer.log.size_bytes > route.max_output_bytes:
+                raise _too_long(route)
 
         meter.route, meter.started_at_ms, meter.started_s = route, time.time_ns() // 1_000_000, clock()
         try:
@@ -113,3 +115,11 @@ class ModelCalls:
         finally:
             meter.ended_s, meter.raw_usage, meter.response_id = clock(), decoder.usage, decoder.response_id
         return Ending.completed(completion.finish_reason)
+
+
+def _too_long(route: Route) -> UpstreamError:
+    message = (
+        f"the answer is longer than {route.max_output_bytes} bytes, so it was cut; "
+        "raise max_output_bytes of the job or of the worker, or bound the answer in the body"
+    )
+    return UpstreamError(code="output_too_long", message=message, retryable=False)

@@ -43,3 +43,5 @@ class Route:
     """Goes under the request's body."""
     price: Price | None = None
     timeouts: Timeouts = Timeouts()
+    max_output_bytes: int = 16 * 1024 * 1024
+    """What is longer is cut."""

@@ -69,6 +69,7 @@ class Router:
             defaults=route.defaults,
             price=route.price,
             timeouts=self._timeouts(route),
+            max_output_bytes=self._settings.max_output_bytes,
         )
 
     def _timeouts(self, route: ConfiguredRoute) -> Timeouts:
