@@ -293,7 +293,7 @@ class Producer:
 
     async def _enqueue(
         self, submissions: Sequence[_Submission], answers: Sequence[Reply], ticket: str
-    ) -> Sequence[Reply]:
+    ) -> list[Reply]:
         """The second write, where the queue has a server of its own; what that refuses is forgotten again."""
         open_ones = [pair for pair in zip(submissions, answers, strict=True) if _is_open(pair[1])]
         calls = []
