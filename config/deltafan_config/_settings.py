@@ -96,6 +96,9 @@ class Settings(BaseModel):
     (WAIT); 0: none. Never detected, since a replica that is down must not lower the promise."""
     replicas_timeout_ms: Annotated[int, Field(ge=1, le=60_000)] = 500
     """How long a worker waits for them; after that it warns and goes on. Without effect while replicas is 0."""
+    sweep_interval_s: Annotated[float, Field(ge=2, le=3600)] = 60.0
+    """How often one of the workers looks for jobs that a crash between two servers left to nobody. Such a job is given
+    back or ended when it has been found twice."""
     ledger_max_records: Annotated[int, Field(ge=1000)] = 1_000_000
     """The usage ledger keeps about this many records and drops the oldest; read it out before it turns over."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = MAX_BODY_BYTES

@@ -291,9 +291,7 @@ class Producer:
         queue_keys, queue_args = self._enqueue_call(submission, ring=ring)
         return (*keys, *queue_keys), (*args, *queue_args)
 
-    async def _enqueue(
-        self, submissions: Sequence[_Submission], answers: Sequence[Reply], ticket: str
-    ) -> list[Reply]:
+    async def _enqueue(self, submissions: Sequence[_Submission], answers: Sequence[Reply], ticket: str) -> list[Reply]:
         """The second write, where the queue has a server of its own; what that refuses is forgotten again."""
         open_ones = [pair for pair in zip(submissions, answers, strict=True) if _is_open(pair[1])]
         calls = []
