@@ -29,7 +29,7 @@ QUEUE = "deltafan:queue:interactive"
 
 
 @pytest.fixture
-async def streams(fresh_valkey: Valkey) -> AsyncIterator[Redis]:
+async def streams(fresh_valkey: Valkey) -> AsyncIterator[Any]:
     """The streams' own server; `redis` is the queue's."""
     async with Redis.from_url(fresh_valkey.url) as client:
         yield client
@@ -70,12 +70,12 @@ def sweeper(options: SweeperOptions) -> Sweeper:
     return Sweeper(options)
 
 
-async def forget(queue: Redis) -> None:
+async def forget(queue: Any) -> None:
     """The queue's server is back, and empty."""
     await queue.flushall()
 
 
-async def ledger(queue: Redis) -> list[tuple[int, str]]:
+async def ledger(queue: Any) -> list[tuple[int, str]]:
     entries = await queue.xrange("deltafan:usage")
     records = [UsageRecord.from_json(orjson.loads(fields[b"data"])) for _, fields in entries]
     return sorted((record.attempt_no, record.outcome) for record in records)
@@ -88,12 +88,12 @@ async def code_of(consumer: Consumer, job_id: str) -> str:
     return caught.value.generation.failure.code
 
 
-async def status_of(streams: Redis, job_id: str) -> bytes | None:
+async def status_of(streams: Any, job_id: str) -> Any:
     return await streams.hget(f"deltafan:{{{job_id}}}:state", "status")
 
 
 async def test_a_submit_that_died_between_its_writes_ends_as_lost(
-    producer: Producer, consumer: Consumer, sweeper: Sweeper, redis: Redis, streams: Redis
+    producer: Producer, consumer: Consumer, sweeper: Sweeper, redis: Redis, streams: Any
 ) -> None:
     job = await producer.submit(model="sim", messages=HI)
     await forget(redis)
@@ -140,7 +140,7 @@ async def test_a_job_that_somebody_runs_is_left_alone_though_the_queue_is_empty(
     consumer: Consumer,
     sweeper: Sweeper,
     redis: Redis,
-    streams: Redis,
+    streams: Any,
     env: dict[str, str],
     upstream: ScriptedUpstream,
 ) -> None:
@@ -161,15 +161,15 @@ async def test_a_job_that_somebody_runs_is_left_alone_though_the_queue_is_empty(
     assert await ledger(redis) == [(1, "completed")]
 
 
-async def _is(streams: Redis, job_id: str, status: bytes) -> bool:
+async def _is(streams: Any, job_id: str, status: bytes) -> bool:
     return await status_of(streams, job_id) == status
 
 
-async def _expiry(streams: Redis, job_id: str) -> int:
+async def _expiry(streams: Any, job_id: str) -> int:
     return int(await streams.execute_command("PEXPIRETIME", f"deltafan:{{{job_id}}}:state"))
 
 
-async def _has_moved(streams: Redis, job_id: str, expiry: int) -> bool:
+async def _has_moved(streams: Any, job_id: str, expiry: int) -> bool:
     return await _expiry(streams, job_id) > expiry + 200
 
 
@@ -178,7 +178,7 @@ async def test_a_job_whose_worker_and_queue_are_gone_ends_and_is_billed(
     consumer: Consumer,
     sweeper: Sweeper,
     redis: Redis,
-    streams: Redis,
+    streams: Any,
     env: dict[str, str],
     upstream: ScriptedUpstream,
 ) -> None:
@@ -238,7 +238,7 @@ async def test_a_job_that_ended_unbilled_is_billed_once(
 
 
 async def test_an_old_job_is_not_billed_again_when_the_ledger_has_forgotten_its_calls(
-    producer: Producer, consumer: Consumer, sweeper: Sweeper, redis: Redis, streams: Redis, env: dict[str, str]
+    producer: Producer, consumer: Consumer, sweeper: Sweeper, redis: Redis, streams: Any, env: dict[str, str]
 ) -> None:
     """A job with a `ttl` of its own outlives what the ledger remembers of it."""
     job = await producer.submit(model="sim", messages=HI, ttl=timedelta(days=30))
@@ -268,7 +268,7 @@ async def test_a_deadline_passes_in_a_queue_that_nobody_serves(
 
 @pytest.mark.parametrize("touch", ["renewed", "begun", "ended"])
 async def test_a_job_that_is_touched_between_look_and_repair_is_left_alone(
-    touch: str, producer: Producer, sweeper: Sweeper, redis: Redis, streams: Redis, monkeypatch: pytest.MonkeyPatch
+    touch: str, producer: Producer, sweeper: Sweeper, redis: Redis, streams: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = await producer.submit(model="sim", messages=HI)
     key = f"deltafan:{{{job.id}}}:state"
@@ -299,7 +299,7 @@ async def test_one_of_many_sweeps(sweeper: Sweeper, options: SweeperOptions, red
 
 
 async def test_all_jobs_are_looked_at(
-    producer: Producer, sweeper: Sweeper, redis: Redis, streams: Redis, monkeypatch: pytest.MonkeyPatch
+    producer: Producer, sweeper: Sweeper, redis: Redis, streams: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deltafan_worker._sweeper.REST", 0)
     count = 5 * PAGE
@@ -320,7 +320,7 @@ async def test_it_may_die_anywhere(
     options: SweeperOptions,
     producer: Producer,
     redis: Redis,
-    streams: Redis,
+    streams: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At each of its round trips in turn; whoever sweeps next brings all to the same end."""
