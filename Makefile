@@ -1,6 +1,6 @@
 # Everything a developer runs. Needs make and Python 3.11 or later; the rest is installed into .venv.
 .DEFAULT_GOAL := help
-.PHONY: fuzz help setup demo test lint types ci bench chaos wheel lock clean
+.PHONY: fuzz help setup demo test lint types ci bench chaos wire wheel lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -44,6 +44,9 @@ fuzz: $(VENV)/.tests ## A million broken streams for each decoder (CASES=, SEED=
 
 chaos: $(VENV)/.tests ## Kill workers and servers under load
 	$(BIN)/python -m pytest -q tests/chaos $(ARGS)
+
+wire: $(VENV)/.tests ## Record the wire's fixtures anew, from a real run
+	cd tests && ../$(BIN)/python -m support.wire
 
 wheel: $(VENV)/.tests ## Build the wheel and try it where no source is near
 	rm -rf dist build/wheel

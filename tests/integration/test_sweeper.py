@@ -162,7 +162,7 @@ async def test_a_job_that_somebody_runs_is_left_alone_though_the_queue_is_empty(
 
 
 async def _is(streams: Any, job_id: str, status: bytes) -> bool:
-    return await status_of(streams, job_id) == status
+    return bool(await status_of(streams, job_id) == status)
 
 
 async def _expiry(streams: Any, job_id: str) -> int:
