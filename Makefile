@@ -1,6 +1,6 @@
 # Everything a developer runs. Needs make and Python 3.11 or later; the rest is installed into .venv.
 .DEFAULT_GOAL := help
-.PHONY: fuzz help setup demo test lint types ci bench chaos wheel lock clean
+.PHONY: fuzz help setup demo test lint types ci bench chaos wire wheel lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -44,6 +44,9 @@ fuzz: $(VENV)/.tests ## A million broken streams for each decoder (CASES=, SEED=
 
 chaos: $(VENV)/.tests ## Break everything under load; compare every transcript and bill (MINUTES=, SEED=)
 	PYTHONPATH=tests $(BIN)/python chaos/drive.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+wire: $(VENV)/.tests ## Record the wire's fixtures anew, from a real run
+	cd tests && ../$(BIN)/python -m support.wire
 
 wheel: $(VENV)/.tests ## Build the wheel and try it where no source is near
 	rm -rf dist build/wheel

@@ -87,6 +87,7 @@ def _producer(settings: Settings) -> AbstractAsyncContextManager[Producer]:
         prefix=settings.prefix,
         retention=settings.retention,
         max_body_bytes=settings.max_body_bytes,
+        max_queued=settings.max_queued,
         replicas=settings.replicas,
         replicas_timeout_ms=settings.replicas_timeout_ms,
     )

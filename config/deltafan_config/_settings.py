@@ -85,11 +85,20 @@ class Settings(BaseModel):
     """For a whole model call; it ends what the other timeouts would still allow."""
     max_retries: Annotated[int, Field(ge=0, le=20)] = 3
     """Further tries of one provider before the first delta, within one run; 0: none. Then comes the next provider."""
+    max_queued: Annotated[int, Field(ge=1)] | None = None
+    """A submit is refused while so many jobs of its lane wait for a worker. Unset: never, so
+    they fill Redis' memory."""
+    max_output_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024 * 1024
+    """The longest answer of a model call, all its deltas together; a job may ask for less. What is longer ends with
+    output_too_long. Ordinary answers stay below 1 MiB, speech needs 85 KB a second."""
     replicas: Annotated[int, Field(ge=0, le=16)] = 0
     """Replicas that must have a submit or a cancel before it is acknowledged, and a job's end before the queue is told
     (WAIT); 0: none. Never detected, since a replica that is down must not lower the promise."""
     replicas_timeout_ms: Annotated[int, Field(ge=1, le=60_000)] = 500
     """How long a worker waits for them; after that it warns and goes on. Without effect while replicas is 0."""
+    sweep_interval_s: Annotated[float, Field(ge=2, le=3600)] = 60.0
+    """How often one of the workers looks for jobs that a crash between two servers left to nobody. Such a job is given
+    back or ended when it has been found twice."""
     ledger_max_records: Annotated[int, Field(ge=1000)] = 1_000_000
     """The usage ledger keeps about this many records and drops the oldest; read it out before it turns over."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = MAX_BODY_BYTES

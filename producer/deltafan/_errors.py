@@ -4,6 +4,7 @@ DeltafanError
 ├── InvalidRequest (also ValueError)     the caller: mend the request
 │   └── InvalidPosition                  the caller: pass a position that an event carried
 ├── JobConflict                          the caller: this id belongs to another request
+├── QueueFull                            the caller: submit again later; too many jobs wait
 ├── JobNotFound                          the caller: no such job, or everything about it has expired
 ├── StreamExpired                        the data is gone; says whether the result is still there
 ├── JobEnded                             the job ended without an answer; carries what there is of it
@@ -69,6 +70,21 @@ class JobConflict(JobError):
     def __init__(self, job_id: str) -> None:
         super().__init__(
             job_id, "another request was submitted under this id; use a new id, or submit the same model, api and body"
+        )
+
+
+class QueueFull(JobError):
+    """The job was not submitted, because `limit` jobs or more wait in its lane."""
+
+    code = "queue_full"
+    retryable = True
+
+    def __init__(self, job_id: str, lane: str, waiting: int, limit: int) -> None:
+        self.lane = lane
+        self.waiting = waiting
+        self.limit = limit
+        super().__init__(
+            job_id, f"not submitted: {waiting} jobs wait in lane {lane} and {limit} may; submit it again later"
         )
 
 

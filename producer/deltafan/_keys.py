@@ -72,6 +72,11 @@ class Keys:
         """Start of the keys by which workers show that they are alive."""
         return f"{self.prefix}:worker:"
 
+    @property
+    def sweeper(self) -> str:
+        """String: which process looks for jobs that a crash left to nobody."""
+        return f"{self.prefix}:sweeper"
+
     def queue(self, lane: str) -> str:
         """Sorted set: arq's queue of one lane."""
         return f"{self.prefix}:queue:{lane}"

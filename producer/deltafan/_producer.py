@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import orjson
 
 from deltafan._client import RedisClient, ScriptCall
-from deltafan._errors import InvalidRequest, JobConflict, JobNotFound, RedisUnavailable
+from deltafan._errors import InvalidRequest, JobConflict, JobNotFound, QueueFull, RedisUnavailable
 from deltafan._fold import Generation
 from deltafan._keys import ARQ_IN_PROGRESS, ARQ_JOB, ARQ_RESULT, Keys
 from deltafan._lua import load
@@ -70,6 +70,7 @@ class Producer:
         max_body_bytes: int,
         replicas: int,
         replicas_timeout_ms: int,
+        max_queued: int | None = None,
     ) -> None:
         self._streams = streams
         self._queue = queue
@@ -78,6 +79,7 @@ class Producer:
         self._max_body_bytes = max_body_bytes
         self._replicas = replicas
         self._replicas_timeout_ms = replicas_timeout_ms
+        self._max_queued = max_queued
 
     @classmethod
     @asynccontextmanager
@@ -91,12 +93,13 @@ class Producer:
         max_body_bytes: int = MAX_BODY_BYTES,
         replicas: int = 0,
         replicas_timeout_ms: int = 500,
+        max_queued: int | None = None,
         connect_timeout_s: float = 1.0,
     ) -> AsyncIterator[Self]:
         """Connect to the queue's server and, where it is another, to the streams' server.
 
         `replicas`: how many replicas must have a submit or a cancel, within `replicas_timeout_ms`, before it is
-        acknowledged.
+        acknowledged. `max_queued`: a new job is refused while so many wait in its lane for a worker.
 
         Raises:
             RedisUnavailable: no server answers within `connect_timeout_s`.
@@ -114,6 +117,7 @@ class Producer:
                 max_body_bytes=max_body_bytes,
                 replicas=replicas,
                 replicas_timeout_ms=replicas_timeout_ms,
+                max_queued=max_queued,
             )
 
     async def submit(
@@ -131,16 +135,19 @@ class Producer:
         on_interrupt: str = "restart",
         ttl: timedelta | float | None = None,
         timeouts: Mapping[str, float] | None = None,
+        max_output_bytes: int | None = None,
     ) -> Job:
         """Submit one job. One round trip, and safe to repeat with the same `job_id`: the job runs once.
 
         `body` is the native request of `api` (temperature, tools …); `messages` is put into it where the API has them.
         A `deadline` given as timedelta counts from now; `ttl` (seconds or timedelta) is how long stream and result are
-        kept; `timeouts` (connect_s, first_delta_s, silence_s, total_s) bound this job's model calls.
+        kept; `timeouts` (connect_s, first_delta_s, silence_s, total_s) bound this job's model calls;
+        an answer that grows beyond `max_output_bytes` is cut, and the job fails with `output_too_long`.
 
         Raises:
             InvalidRequest: a field is wrong; nothing was sent.
             JobConflict: `job_id` belongs to another request.
+            QueueFull: `max_queued` jobs wait already; a job that was submitted before is never refused.
             RedisUnavailable: the server can not be reached, or is out of memory.
         """
         fields = {
@@ -156,6 +163,7 @@ class Producer:
             "on_interrupt": on_interrupt,
             "ttl": ttl,
             "timeouts": timeouts,
+            "max_output_bytes": max_output_bytes,
         }
         jobs = await self.submit_many([{name: value for name, value in fields.items() if value is not None}])
         return jobs[0]
@@ -166,8 +174,8 @@ class Producer:
         One round trip for every few hundred jobs. All requests of such a portion are checked before any is sent.
 
         Raises:
-            as `submit`; portions before the one that failed have been submitted, and submitting all again is safe
-            where the requests have ids of their own.
+            as `submit`; portions before the one that failed have been submitted, of a full queue's those that found
+            room, and submitting all again is safe where the requests have ids of their own.
         """
         jobs: list[Job] = []
         pending = iter(requests)
@@ -263,25 +271,42 @@ class Producer:
             self._keep_request(one) for one in submissions if declares_tools(one.request.api, one.request.body)
         ]:
             await self._streams.pipeline(kept)
+        ticket = "" if together or self._max_queued is None else token_hex(8)
         calls = [
-            self._submit_call(submission, ring=together and index < RINGS)
+            self._submit_call(submission, ticket, ring=together and index < RINGS)
             for index, submission in enumerate(submissions)
         ]
         answers = await self._streams.run_many(load("submit", using=("common", "enqueue")), calls)
         await self._wait(self._streams)
         if not together:
-            waiting = [s for s, answer in zip(submissions, answers, strict=True) if _is_open(answer)]
-            enqueue = load("enqueue_only", using=("enqueue",))
-            await self._queue.run_many(enqueue, [self._enqueue_call(s, ring=i < RINGS) for i, s in enumerate(waiting)])
-            await self._wait(self._queue)
-        return [_job(submission, answer) for submission, answer in zip(submissions, answers, strict=True)]
+            answers = await self._enqueue(submissions, answers, ticket)
+        return [self._job(submission, answer) for submission, answer in zip(submissions, answers, strict=True)]
 
-    def _submit_call(self, submission: _Submission, *, ring: bool) -> ScriptCall:
-        keys, args = self._keys.job(submission.id), (submission.request.digest(), self._retention.live_ms)
+    def _submit_call(self, submission: _Submission, ticket: str, *, ring: bool) -> ScriptCall:
+        request, limit = submission.request, "" if self._max_queued is None else self._max_queued
+        deadline = "" if request.deadline_ms is None else request.deadline_ms
+        keys, args = self._keys.job(submission.id), (request.digest(), self._retention.live_ms, deadline, ticket, limit)
         if self._streams is not self._queue:
             return keys, args
         queue_keys, queue_args = self._enqueue_call(submission, ring=ring)
         return (*keys, *queue_keys), (*args, *queue_args)
+
+    async def _enqueue(self, submissions: Sequence[_Submission], answers: Sequence[Reply], ticket: str) -> list[Reply]:
+        """The second write, where the queue has a server of its own; what that refuses is forgotten again."""
+        open_ones = [pair for pair in zip(submissions, answers, strict=True) if _is_open(pair[1])]
+        calls = []
+        for index, (submission, answer) in enumerate(open_ones):
+            keys, args = self._enqueue_call(submission, ring=index < RINGS)
+            limit = self._max_queued if answer[0] == b"NEW" and self._max_queued is not None else ""
+            calls.append((keys, (*args, limit)))
+        replies = await self._queue.run_many(load("enqueue_only", using=("enqueue",)), calls)
+        await self._wait(self._queue)
+        pairs = zip(open_ones, replies, strict=True)
+        refused = {submission.id: reply for (submission, _), reply in pairs if reply[0] == b"FULL"}
+        if refused:
+            withdrawals = [(self._keys.job(job_id), (ticket,)) for job_id in refused]
+            await self._streams.run_many(load("withdraw"), withdrawals)
+        return [refused.get(one.id, answer) for one, answer in zip(submissions, answers, strict=True)]
 
     def _keep_request(self, submission: _Submission) -> bytes:
         """As long as its result may be there; NX, since under an id that is taken this request is refused."""
@@ -295,6 +320,14 @@ class Producer:
         record = job_record(submission.request, now_ms=submission.now_ms)
         return keys, (job_id, record, self._retention.queue_ms, int(ring))
 
+    def _job(self, submission: _Submission, answer: Reply) -> Job:
+        verdict, status = answer
+        if verdict == b"CONFLICT":
+            raise JobConflict(submission.id)
+        if verdict == b"FULL":
+            raise QueueFull(submission.id, submission.request.lane, status, self._max_queued or 0)
+        return Job(submission.id, created=verdict == b"NEW", status=status.decode())
+
     async def _wait(self, client: RedisClient) -> None:
         if self._replicas == 0:
             return
@@ -307,10 +340,3 @@ class Producer:
 
 def _is_open(answer: Reply) -> bool:
     return answer[0] != b"CONFLICT" and answer[1] in (b"queued", b"running")
-
-
-def _job(submission: _Submission, answer: Reply) -> Job:
-    verdict, status = answer[0], answer[1].decode()
-    if verdict == b"CONFLICT":
-        raise JobConflict(submission.id)
-    return Job(submission.id, created=verdict == b"NEW", status=status)

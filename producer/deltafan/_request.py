@@ -67,6 +67,8 @@ class JobRequest(BaseModel):
     off (where the provider can; else from the start), or fail."""
     timeouts: Timeouts | None = None
     """Instead of the model's own."""
+    max_output_bytes: Annotated[int, Field(ge=1)] | None = None
+    """An answer longer than this ends with `output_too_long`; the worker's own limit holds as well."""
     parent: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     """The job whose tool calls this one answers."""
     ttl: Annotated[timedelta, Field(gt=timedelta(0), le=timedelta(days=30))] | None = None
@@ -177,6 +179,8 @@ def inherited(request: JobRequest) -> dict[str, Any]:
         arguments["metadata"] = request.metadata
     if request.timeouts is not None:
         arguments["timeouts"] = request.timeouts.model_dump(exclude_none=True)
+    if request.max_output_bytes is not None:
+        arguments["max_output_bytes"] = request.max_output_bytes
     if request.ttl is not None:
         arguments["ttl"] = request.ttl.total_seconds()
     return arguments

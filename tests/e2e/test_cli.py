@@ -73,6 +73,15 @@ def test_no_redis_is_said_at_once_with_what_to_do(args: tuple[str, ...]) -> None
     assert "Traceback" not in done.stderr
 
 
+async def test_a_full_queue_is_one_sentence(env: dict[str, str]) -> None:
+    env = {**env, "DELTAFAN_MAX_QUEUED": "1"}
+    assert (await arun("submit", "-m", "sim", "Hi", env=env)).returncode == 0
+    done = await arun("submit", "-m", "sim", "--job-id", "j2", "Hi", env=env)
+    assert done.returncode == 1
+    sentence = "job j2: not submitted: 1 jobs wait in lane interactive and 1 may; submit it again later"
+    assert " ".join(done.stderr.split()) == sentence
+
+
 @pytest.mark.parametrize(
     ("args", "env", "words"),
     [

@@ -68,7 +68,8 @@ class LogMachine(RuleBasedStateMachine):
         self.cancelled = False
         self.damaged = False
         self.runs = 0
-        assert self.script("submit", ("digest", LIVE), package="deltafan", using=("common", "enqueue"))[0] == b"NEW"
+        args = ("digest", LIVE, "", "", "")
+        assert self.script("submit", args, package="deltafan", using=("common", "enqueue"))[0] == b"NEW"
 
     def teardown(self) -> None:
         if hasattr(self, "redis"):

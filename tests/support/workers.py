@@ -69,10 +69,11 @@ async def running_worker(env: dict[str, str], *, burst: bool = False) -> AsyncIt
 
 
 @contextmanager
-def worker_process(env: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-    """A worker process, killed at the end if it is still there."""
-    command = [sys.executable, "-m", "deltafan_cli", "worker"]
-    process = subprocess.Popen(command, env={**os.environ, **env}, start_new_session=True)
+def worker_process(env: dict[str, str], *, dies: str = "") -> Iterator["subprocess.Popen[bytes]"]:
+    """A worker process, killed at the end if it is still there; `dies` is a point of support.dying_worker."""
+    command = [sys.executable, "-m", *(["support.dying_worker", dies] if dies else ["deltafan_cli", "worker"])]
+    whole = {**os.environ, **env, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(command, env=whole, start_new_session=True)
     try:
         yield process
     finally:

@@ -46,8 +46,11 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         "max_retries": 3,
         "replicas": 0,
         "replicas_timeout_ms": 500,
+        "sweep_interval_s": 60.0,
         "ledger_max_records": 1_000_000,
         "max_body_bytes": 8 * 1024 * 1024,
+        "max_queued": None,
+        "max_output_bytes": 16 * 1024 * 1024,
         "log_level": "info",
         "log_format": "text",
     }
@@ -79,8 +82,11 @@ def test_every_field_is_read_from_its_variable() -> None:
         "max_retries": 0,
         "replicas": 1,
         "replicas_timeout_ms": 9,
+        "sweep_interval_s": 5.0,
         "ledger_max_records": 1000,
         "max_body_bytes": 1024,
+        "max_queued": 5,
+        "max_output_bytes": 1025,
         "log_level": "debug",
         "log_format": "json",
     }

@@ -177,12 +177,22 @@ class ModelCalls:
 
 
 def _publishing(writer: StreamWriter, meter: CallMeter) -> Callable[[list[Delta]], None]:
-    clock = asyncio.get_running_loop().time
+    clock, route = asyncio.get_running_loop().time, meter.route
 
     def publish(deltas: list[Delta]) -> None:
         writer.extend(deltas)
         if meter.deltas == 0:
             meter.first_delta_s = clock()
         meter.deltas += len(deltas)
+        if writer.log.size_bytes > route.max_output_bytes:
+            raise _too_long(route)
 
     return publish
+
+
+def _too_long(route: Route) -> UpstreamError:
+    message = (
+        f"the answer is longer than {route.max_output_bytes} bytes, so it was cut; "
+        "raise max_output_bytes of the job or of the worker, or bound the answer in the body"
+    )
+    return UpstreamError(code="output_too_long", message=message, retryable=False)

@@ -64,8 +64,9 @@ class WorkerOptions:
     burst: bool = False
     """Stop when nothing is due."""
     ledger_max_records: int = 1_000_000
-    billed_ttl_ms: int = 26 * 3_600_000
-    """How long the ledger remembers which calls of a job it has; at least as long as the job's state lives."""
+    billed_ttl_ms: int = 50 * 3_600_000
+    """How long the ledger remembers which calls of a job it has: at least from the first one's end until the sweeper no
+    longer bills the job."""
 
 
 class LeasedWorker(Worker):

@@ -52,3 +52,5 @@ class Route:
     in_background: bool = False
     """Whether the provider is to generate on when nobody listens."""
     timeouts: Timeouts = Timeouts()
+    max_output_bytes: int = 16 * 1024 * 1024
+    """What is longer is cut."""

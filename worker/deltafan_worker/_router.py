@@ -70,6 +70,7 @@ class Router:
             price=route.price,
             continuation=_continuation(provider, api),
             timeouts=self._timeouts(route),
+            max_output_bytes=self._settings.max_output_bytes,
         )
 
     def _timeouts(self, route: ConfiguredRoute) -> Timeouts:

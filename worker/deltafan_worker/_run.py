@@ -38,6 +38,8 @@ from deltafan_worker._writer import (
 RELEASE_DELAY_MS = 1000
 """A job that turned out to be another's is left to its owner for this long."""
 
+_LATE = Ending.failed("deadline_exceeded", "the job's deadline has passed")
+
 Resolve: TypeAlias = Callable[[str, str], Sequence[Route]]
 """From a model's name and an API to the providers to try, in order. Raises DeltafanError where that leads nowhere."""
 
@@ -83,6 +85,8 @@ class JobRunner:
         Never raises into arq, but for a job that arq's own abort ended: outcomes are plain data.
         """
         claim: Claim = ctx["claims"][ctx["job_id"]]
+        # Whatever else may end this function, a defect of ours included: arq is told only what the stream has seen.
+        claim.leave, claim.release_delay_ms = Leave.RELEASE, RELEASE_DELAY_MS
         interrupt = Interrupt()
         claim.interrupt = interrupt.cut
         job = self._read(claim.job_id, fields)
@@ -113,7 +117,8 @@ class JobRunner:
             check_job_id(job_id)
             request = parse_request(fields)
             routes = [_as_asked(route, request) for route in self._resolve(request.model, request.api)]
-            return _Job(id=job_id, request=request, routes=routes)
+            is_late = _left_s(request) == 0.0
+            return _Job(id=job_id, request=request, routes=routes, refusal=_LATE if is_late else None)
         except DeltafanError as error:
             code = "invalid_request" if isinstance(error, InvalidRequest) else error.code
             return _Job(id=job_id, refusal=Ending.failed(code, str(error)))
@@ -161,13 +166,14 @@ class JobRunner:
         """Stream one answer, or the rest of one; None when the job is to be given to another worker."""
         if job.refusal is not None or job.request is None or meter is None:
             return job.refusal
-        deadline_ms = job.request.deadline_ms
-        remaining_s = None if deadline_ms is None else max(0.0, deadline_ms / 1000 - time.time())
+        left_s = _left_s(job.request)
+        if left_s == 0.0:  # a timeout of 0 would still let a request out on a connection that is open
+            writer.interrupt.cut(Reason.DEADLINE)
         if plan.response is not None:
             call = self._calls.listen_again(plan.routes[0], plan.response, plan.published, writer, meter)
         else:
             call = self._calls.answer(plan.routes, plan.body, writer, meter)
-        ending = await writer.interrupt.run(call, within_s=remaining_s)
+        ending = await writer.interrupt.run(call, within_s=left_s)
         if ending is not None:
             return ending
         if writer.interrupt.reason is Reason.ABORTED:
@@ -187,7 +193,7 @@ class JobRunner:
 
     async def _let_go(self, writer: StreamWriter, meter: CallMeter | None, claim: Claim) -> None:
         """Leave a running job to the next worker, with its bill so far."""
-        claim.leave, claim.status = Leave.RELEASE, "running"
+        claim.leave, claim.status, claim.release_delay_ms = Leave.RELEASE, "running", 0
         if writer.interrupt.reason is Reason.HAND_OVER:
             await writer.hand_over(_note(meter, writer, "handed_over"))
         elif meter is not None and not meter.goes_on_alone:
@@ -203,7 +209,7 @@ class JobRunner:
             claim.notes = ((meter.call_id, _note(meter, writer, "interrupted")),)
 
     def _meter(self, job: _Job, plan: Plan) -> CallMeter | None:
-        if job.request is None:
+        if job.request is None or job.refusal is not None:
             return None
         return CallMeter(
             job_id=job.id,
@@ -227,10 +233,19 @@ class JobRunner:
 
 
 def _as_asked(route: Route, request: JobRequest) -> Route:
-    """The route as this job wants it used."""
+    """The route as this job wants it used, within the job's own limits."""
     timeouts = request.timeouts.model_dump(exclude_none=True) if request.timeouts else {}
-    in_background = request.on_interrupt == "continue" and route.continuation == "background"
-    return replace(route, timeouts=route.timeouts.over(timeouts), in_background=in_background)
+    return replace(
+        route,
+        timeouts=route.timeouts.over(timeouts),
+        max_output_bytes=min(route.max_output_bytes, request.max_output_bytes or route.max_output_bytes),
+        in_background=request.on_interrupt == "continue" and route.continuation == "background",
+    )
+
+
+def _left_s(request: JobRequest) -> float | None:
+    """Seconds to the deadline, 0 when it has passed; None without one."""
+    return None if request.deadline_ms is None else max(0.0, request.deadline_ms / 1000 - time.time())
 
 
 def _seal(ending: Ending, writer: StreamWriter, meter: CallMeter | None, cancel_reason: str | None) -> Sealed:
@@ -259,7 +274,7 @@ def _ending_of(interrupt: Interrupt) -> Ending | None:
         case Reason.HAND_OVER | Reason.LEASE_LOST:
             return None
         case Reason.DEADLINE:
-            return Ending.failed("deadline_exceeded", "the job's deadline has passed")
+            return _LATE
         case Reason.STREAM_LOST:
             return Ending.failed("stream_lost", "the server lost the stream again and again; is it set to noeviction?")
         case Reason.ABORTED:

@@ -27,6 +27,7 @@ from deltafan_worker._publisher import Publisher
 from deltafan_worker._router import Router
 from deltafan_worker._run import JobRunner
 from deltafan_worker._signals import on_stop_signals
+from deltafan_worker._sweeper import Sweeper, SweeperOptions
 from deltafan_worker.serialization import deserialize, serialize
 
 log = logging.getLogger("deltafan.worker")
@@ -83,6 +84,7 @@ async def open_worker(
                 tasks.create_task(publisher.keep_open(), name="deltafan-publisher"),
                 tasks.create_task(listen_for_cancels(settings.streams_url, keys.cancels, publisher.on_cancel)),
                 tasks.create_task(_show_presence(pool, keys, worker)),
+                tasks.create_task(Sweeper(_sweeping(settings, options, keys)).run(), name="deltafan-sweeper"),
             ]
             yield worker
             for helper in helpers:
@@ -98,7 +100,21 @@ def _options(settings: Settings, keys: Keys, *, burst: bool) -> WorkerOptions:
         drain_timeout_s=settings.drain_timeout_s,
         burst=burst,
         ledger_max_records=settings.ledger_max_records,
-        billed_ttl_ms=settings.retention.state_ms,
+        # A job may be billed for a call long before its end: a hand-over's.
+        billed_ttl_ms=settings.retention.live_ms + settings.retention.state_ms,
+    )
+
+
+def _sweeping(settings: Settings, options: WorkerOptions, keys: Keys) -> SweeperOptions:
+    return SweeperOptions(
+        name=options.name,
+        redis_url=settings.redis_url,
+        streams_url=settings.streams_url,
+        keys=keys,
+        retention=settings.retention,
+        interval_s=settings.sweep_interval_s,
+        ledger_max_records=options.ledger_max_records,
+        billed_ttl_ms=options.billed_ttl_ms,
     )
 
 

@@ -1,6 +1,7 @@
 -- Shared by every script that touches a job.  KEYS[1..3]: events, state, result (one slot).
 -- Nothing a script writes is rolled back, so each checks everything first and writes afterwards.
 local EVENTS, STATE, RESULT = KEYS[1], KEYS[2], KEYS[3]
+local REQUEST = string.sub(EVENTS, 1, -7) .. 'request'
 local BELL = string.sub(EVENTS, 1, -7) .. 'bell'
 local TERMINAL = { completed = true, failed = true, cancelled = true }
 

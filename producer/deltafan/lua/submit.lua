@@ -1,16 +1,28 @@
 -- Makes a job known, once.  KEYS  events, state, result [, arq job, in-progress, result, queue, doorbell]
--- ARGV  digest, live_ms [, id, record, ttl_ms, ring]
--- Returns {'NEW' | 'EXISTS' | 'CONFLICT', status}.  With the queue's keys it enqueues as well, also when the job
--- is known but has not ended: a submit that died between its two writes is mended by the next.
+-- ARGV  digest, live_ms, deadline_ms ('' for none), ticket ('' or one of this submit's own: see withdraw),
+--       max_queued ('' for no limit) [, id, record, ttl_ms, ring]
+-- Returns {'NEW' | 'EXISTS' | 'CONFLICT', status}, or {'FULL', how many wait}: nothing is written.  With the queue's
+-- keys it enqueues as well, also when the job is known but has not ended: a submit that died between its two writes is
+-- mended by the next.
 local function submit()
   local state = redis.call('HMGET', STATE, 'status', 'digest')
   local known = state[1] or redis.call('EXISTS', EVENTS, RESULT) > 0
   local status = known and (ended(state[1]) or state[1])
   if status then
     if state[2] and state[2] ~= ARGV[1] then return { 'CONFLICT', status } end
+    redis.call('HDEL', STATE, 'ticket')
     return { 'EXISTS', status }
   end
+  if #KEYS > 3 and ARGV[5] ~= '' and redis.call('EXISTS', KEYS[4], KEYS[5]) == 0 then
+    local count = waiting(KEYS[7])
+    if count >= tonumber(ARGV[5]) then
+      redis.call('DEL', REQUEST)
+      return { 'FULL', count }
+    end
+  end
   redis.call('HSET', STATE, 'status', 'queued', 'digest', ARGV[1], 'attempt', 0, 'claim', -1, 'runs', 0)
+  if ARGV[3] ~= '' then redis.call('HSET', STATE, 'deadline', ARGV[3]) end
+  if ARGV[4] ~= '' then redis.call('HSET', STATE, 'ticket', ARGV[4]) end
   redis.call('PEXPIRE', STATE, ARGV[2])
   return { 'NEW', 'queued' }
 end
@@ -18,6 +30,6 @@ end
 local answer = submit()
 local open = answer[1] == 'NEW' or (answer[1] == 'EXISTS' and not TERMINAL[answer[2]] and answer[2] ~= 'expired')
 if #KEYS > 3 and open then
-  enqueue(KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8], ARGV[3], ARGV[4], ARGV[5], ARGV[6])
+  enqueue(KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8], ARGV[6], ARGV[7], ARGV[8], ARGV[9])
 end
 return answer
