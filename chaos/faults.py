@@ -216,5 +216,5 @@ async def hurt_quietly(fault: Fault, fleet: Fleet) -> None:
     """Hurt; a fault that meets a server which another fault has taken away is as good as none."""
     try:
         await fault.hurt(fleet)
-    except (RedisError, OSError, ProcessLookupError):
+    except (RedisError, OSError, RuntimeError):
         await asyncio.sleep(0.05)

@@ -112,7 +112,7 @@ async def with_xread(job: Job, reading: Reading) -> Transcript:
     while not transcript.status:
         try:
             answer = await reading.redis.xread({key: cursor}, count=50, block=500)
-        except (RedisError, OSError):
+        except (RedisError, OSError, RuntimeError):
             await asyncio.sleep(0.1)
             continue
         for _, entries in answer or ():

@@ -165,7 +165,7 @@ async def _settle_bills(made: Fleet, load: _Load, *, forgets: bool) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(20):
             while True:
-                with suppress(RedisError, OSError):
+                with suppress(RedisError, OSError, RuntimeError):
                     async with made.redis as redis:
                         waiting = await redis.zcard("deltafan:queue:interactive")
                         entries = await redis.xrange("deltafan:usage")

@@ -164,7 +164,7 @@ async def open_connection(url: str, *, timeout_s: float, name: str = "deltafan")
         opened = _redis_connection(url, timeout_s, name)
         async with asyncio.timeout(timeout_s):
             await opened.connect()
-    except (RedisError, OSError, ValueError) as error:
+    except (RedisError, OSError, ValueError, RuntimeError) as error:  # the last: uvloop, of a transport cut meanwhile
         await _discard(opened)
         raise RedisUnavailable(masked_url(url), _explain(error)) from error
     except BaseException:

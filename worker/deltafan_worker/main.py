@@ -13,7 +13,6 @@ import orjson
 import uvloop
 from arq.connections import ArqRedis
 from arq.worker import func
-from redis.asyncio import BlockingConnectionPool
 from redis.exceptions import RedisError
 
 from deltafan._keys import FUNCTION, LANES, Keys
@@ -24,11 +23,11 @@ from deltafan_worker._cancels import listen_for_cancels
 from deltafan_worker._cooldown import Cooldowns
 from deltafan_worker._leased import BEAT_S, LeasedWorker, WorkerOptions
 from deltafan_worker._publisher import Publisher
+from deltafan_worker._queue_pool import queue_pool
 from deltafan_worker._router import Router
 from deltafan_worker._run import JobRunner
 from deltafan_worker._signals import on_stop_signals
 from deltafan_worker._sweeper import Sweeper, SweeperOptions
-from deltafan_worker.serialization import deserialize, serialize
 
 log = logging.getLogger("deltafan.worker")
 
@@ -68,7 +67,7 @@ async def open_worker(
         replicas=settings.replicas,
         replicas_timeout_ms=settings.replicas_timeout_ms,
     )
-    async with _queue_pool(settings) as pool, _http_session() as session:
+    async with queue_pool(settings.redis_url) as pool, _http_session() as session:
         runner = JobRunner(
             publisher=publisher,
             calls=ModelCalls(session, Cooldowns(keys, publisher.send), max_retries=settings.max_retries),
@@ -120,28 +119,9 @@ def _sweeping(settings: Settings, options: WorkerOptions, keys: Keys) -> Sweeper
 
 async def is_healthy(settings: Settings) -> bool:
     """Whether a worker of this host has shown itself within the last seconds."""
-    async with _queue_pool(settings) as pool:
+    async with queue_pool(settings.redis_url) as pool:
         pattern = f"{Keys(settings.prefix).workers}{socket.gethostname()}:*"
         return any([True async for _ in pool.scan_iter(match=pattern, count=1000)])
-
-
-@asynccontextmanager
-async def _queue_pool(settings: Settings) -> AsyncIterator[ArqRedis]:
-    # Our scripts are safe to repeat, but a WATCH of arq's is not: no retries inside the client.
-    connections = BlockingConnectionPool.from_url(
-        settings.redis_url,
-        max_connections=64,
-        timeout=5,
-        socket_connect_timeout=5,
-        socket_timeout=10,
-        socket_keepalive=True,
-        client_name="deltafan-queue",
-    )
-    pool = ArqRedis(connections, job_serializer=serialize, job_deserializer=deserialize)
-    try:
-        yield pool
-    finally:
-        await pool.aclose(close_connection_pool=True)
 
 
 @asynccontextmanager

@@ -1,0 +1,47 @@
+"""The queue's connections: redis-py's, made for arq."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from arq.connections import ArqRedis
+from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from deltafan_worker.serialization import deserialize, serialize
+
+
+@asynccontextmanager
+async def queue_pool(url: str) -> AsyncIterator[ArqRedis]:
+    """Connections for the block's time."""
+    # Our scripts are safe to repeat, but a WATCH of arq's is not: no retries inside the client.
+    connections = BlockingConnectionPool.from_url(
+        url,
+        max_connections=64,
+        timeout=5,
+        socket_connect_timeout=5,
+        socket_timeout=10,
+        socket_keepalive=True,
+        client_name="deltafan-queue",
+    )
+    connections.connection_class = _losing(connections.connection_class)
+    pool = ArqRedis(connections, job_serializer=serialize, job_deserializer=deserialize)
+    try:
+        yield pool
+    finally:
+        await pool.aclose(close_connection_pool=True)
+
+
+class _Losing:
+    """uvloop calls writing to a connection that has just been cut a RuntimeError, which redis-py does not expect."""
+
+    async def send_packed_command(self, *args: Any, **options: Any) -> None:
+        try:
+            await super().send_packed_command(*args, **options)  # type: ignore[misc]  # of what it is mixed into
+        except RuntimeError as error:
+            raise RedisConnectionError(str(error)) from error
+
+
+def _losing(connection_class: type[AbstractConnection]) -> type[AbstractConnection]:
+    return type(connection_class.__name__, (_Losing, connection_class), {})
