@@ -57,9 +57,16 @@ class Bench:
 
     def arrivals(self) -> list[float]:
         """Unix times of the requests that came upstream since the last call."""
+        return self._stats()["arrivals"]
+
+    def departures(self) -> list[float]:
+        """Unix times when clients went away in mid-answer, since the last look at either list."""
+        return self._stats()["departures"]
+
+    def _stats(self) -> dict[str, list[float]]:
         with urlopen(self.upstream_url.removesuffix("/v1") + "/stats") as answer:  # noqa: S310  our own server
-            times: list[float] = json.load(answer)["arrivals"]
-            return times
+            stats: dict[str, list[float]] = json.load(answer)
+            return stats
 
 
 @contextmanager

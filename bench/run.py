@@ -12,7 +12,7 @@ import uvloop
 
 from measure import Report, servers
 
-NAMES = ("cpu", "decode", "pickup", "starvation", "recovery", "submit", "latency", "replay", "memory")
+NAMES = ("cpu", "decode", "pickup", "starvation", "recovery", "endings", "submit", "latency", "replay", "memory")
 
 
 def main() -> int:

@@ -50,7 +50,7 @@ async def _running(bench: Bench, *, stock: bool) -> int:
             await pools[0].enqueue_job("hold", _queue_name=queue)
         mains = [asyncio.create_task(one.main()) for one in workers]
         deadline = time.monotonic() + 10
-        while running[0] < WORKERS * SLOTS and time.monotonic() < deadline:  # noqa: ASYNC110  nobody tells
+        while running[0] < WORKERS * SLOTS and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         count = running[0]
         end.set()

@@ -2,7 +2,7 @@
 
 The answer's shape comes from the model's name, `bench-<deltas>-<gap_ms>-<burst>`: so many deltas, `burst` of them in
 each write, so many ms between writes. Prints its URL as JSON, ends when standard input does. GET /stats tells when
-requests came. A name that begins with `stamped-` puts the time of sending into each delta.
+requests came, and when clients went away in mid-answer. A name that begins with `stamped-` puts the time of sending into each delta.
 """
 
 import asyncio
@@ -92,8 +92,10 @@ def shape(path: str, model: str) -> tuple[list[bytes], float]:
 class Server(asyncio.Protocol):
     """One connection; requests on it come one after another."""
 
-    def __init__(self, arrivals: list[float]) -> None:
+    def __init__(self, arrivals: list[float], departures: list[float]) -> None:
         self._arrivals = arrivals
+        self._departures = departures
+        self._is_answering = False
         self._received = b""
         self._timer: asyncio.TimerHandle | None = None
         self._stamped = False
@@ -106,6 +108,8 @@ class Server(asyncio.Protocol):
         """Called by the event loop."""
         if self._timer is not None:
             self._timer.cancel()
+        if self._is_answering:
+            self._departures.append(time.time())
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
@@ -137,13 +141,15 @@ class Server(asyncio.Protocol):
         if self._stamped and index + 1 < len(writes):
             data = http_chunk(DELTA.replace(CONTENT.encode(), b"%.6f" % time.time()))
         self._transport.write(data)
+        self._is_answering = index + 1 < len(writes)
         if index + 1 < len(writes):
             loop = asyncio.get_running_loop()
             self._timer = loop.call_at(due + gap_s, self._step, writes, index + 1, gap_s, due + gap_s)
 
     def _answer_stats(self) -> None:
-        body = json.dumps({"arrivals": self._arrivals}).encode()
+        body = json.dumps({"arrivals": self._arrivals, "departures": self._departures}).encode()
         self._arrivals.clear()
+        self._departures.clear()
         self._transport.write(
             b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
         )
@@ -152,8 +158,9 @@ class Server(asyncio.Protocol):
 async def main() -> None:
     """Serve until standard input ends."""
     arrivals: list[float] = []
+    departures: list[float] = []
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Server(arrivals), "127.0.0.1", 0, backlog=4096)
+    server = await loop.create_server(lambda: Server(arrivals, departures), "127.0.0.1", 0, backlog=4096)
     port = server.sockets[0].getsockname()[1]
     print(json.dumps({"url": f"http://127.0.0.1:{port}/v1"}), flush=True)
     await loop.run_in_executor(None, sys.stdin.read)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from deltafan import Consumer, Event, JobEnded, JobNotFound, Position, RedisUnavailable, ResultTimeout
+from deltafan import Consumer, Event, JobEnded, JobNotFound, Position, RedisUnavailable, ResultTimeout, StreamExpired
 from transcripts import Job, Transcript
 
 
@@ -143,5 +143,5 @@ async def read(job: Job, kind: Callable[[Job, Reading], Awaitable[Transcript]], 
             return await kind(job, reading)
         except RedisUnavailable:
             await asyncio.sleep(0.1)
-        except JobNotFound:
+        except (JobNotFound, StreamExpired):  # of a server that came back empty
             await reading.again(job)
