@@ -2,7 +2,8 @@
 
 The answer's shape comes from the model's name, `bench-<deltas>-<gap_ms>-<burst>`: so many deltas, `burst` of them in
 each write, so many ms between writes. Prints its URL as JSON, ends when standard input does. GET /stats tells when
-requests came, and when clients went away in mid-answer. A name that begins with `stamped-` puts the time of sending into each delta.
+requests came, and when clients went away in mid-answer. A name that begins with `stamped-` puts the time of sending
+into each delta.
 """
 
 import asyncio

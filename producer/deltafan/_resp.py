@@ -130,8 +130,11 @@ class RespConnection(asyncio.Protocol):
         while (reply := reader.gets()) is not _INCOMPLETE:
             if self._push is not None:
                 self._push(reply)
-            else:
+            elif handlers:
                 handlers.popleft()(reply)
+            else:  # closed by a handler meanwhile; or an answer to nothing, after which no other could be told apart
+                self.close()
+                return
 
     def eof_received(self) -> None:
         """Called by the event loop."""

@@ -1,5 +1,6 @@
 """What a connection says that was cut at the very moment when it was written to."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from redis.asyncio.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from deltafan import RedisUnavailable
-from deltafan._resp import open_connection
+from deltafan._resp import open_connection, pack
 from deltafan_worker._queue_pool import _losing
 
 CLOSED = RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
@@ -31,3 +32,19 @@ async def test_while_a_command_is_sent_it_is_lost() -> None:
     connection: Any = _losing(Cut)()  # type: ignore[arg-type]
     with pytest.raises(RedisConnectionError, match="closed"):
         await connection.send_packed_command(b"PING")
+
+
+async def test_an_answer_behind_the_one_that_closed_the_connection_is_nobodys() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(4096):
+            writer.write(b"+OK\r\n" * 8)
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    problems: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: problems.append(context))
+    async with server:
+        connection = await open_connection(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeout_s=5)
+        connection.send(pack("PING"), (lambda _reply: connection.close(),))
+        await connection.lost
+        await asyncio.sleep(0)
+    assert not problems
