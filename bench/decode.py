@@ -9,7 +9,7 @@ import dashscope
 from openai import AsyncOpenAI
 
 from deltafan._events import Delta
-from deltafan_worker._apis import APIS
+from deltafan_worker._apis import APIS, generating
 from deltafan_worker._route import Route
 from deltafan_worker._upstream import stream_generation
 from measure import Bench, Report
@@ -69,7 +69,7 @@ async def _ours(bench: Bench, api: str) -> int:
         seen += len(deltas)
 
     async with aiohttp.ClientSession() as session:
-        await stream_generation(session, route, BODIES[api], APIS[api].decoder("bench"), publish)
+        await stream_generation(session, route, generating(route, BODIES[api]), APIS[api].decoder("bench"), publish)
     return seen
 
 

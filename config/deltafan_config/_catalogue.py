@@ -27,6 +27,9 @@ from pydantic_core import ErrorDetails
 from deltafan._errors import DeltafanError
 
 Api = Literal["chat", "responses", "dashscope"]
+Continuation = Literal["partial", "prefix", "continue_final_message", "background"]
+"""Chat Completions: DashScope's `partial`, DeepSeek's `prefix`, vLLM's `continue_final_message`. Responses: OpenAI's
+`background`."""
 Seconds = Annotated[float, Field(gt=0)]
 PerMillion = Annotated[float, Field(ge=0)]
 
@@ -141,6 +144,8 @@ class Provider(_Table):
         default=("chat",), alias="api"
     )
     """`api` in the file, one name or a list: what it speaks under this base URL."""
+    continuation: Annotated[tuple[Continuation, ...], BeforeValidator(_as_tuple)] = ()
+    """How it goes on with an answer that broke off, for jobs that ask for it; one name or a list."""
     api_key_env: Annotated[str, AfterValidator(_key_variable)] | None = None
     """Name of the variable that holds the key; None: no key is sent."""
     headers: Mapping[str, str] = Field(default_factory=dict, repr=False)

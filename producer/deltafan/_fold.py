@@ -18,6 +18,7 @@ from deltafan._events import (
     STARTED,
     TOOL_CALL,
     AudioDelta,
+    Delta,
     Event,
     Failure,
     ToolCallDelta,
@@ -172,6 +173,11 @@ class Fold:
             self._pieces = [piece for piece in self._pieces if piece.position <= kept]
         else:
             self._pieces = []
+
+    @property
+    def deltas(self) -> list[Delta]:
+        """The deltas that count so far."""
+        return [Delta(piece.type, piece.data) for piece in self._pieces]
 
     def generation(self) -> Generation:
         """What has been folded so far."""

@@ -16,7 +16,7 @@ from deltafan._messages import conversation, with_conversation
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 Lane = Literal["interactive", "batch"]
-OnInterrupt = Literal["restart", "fail"]
+OnInterrupt = Literal["restart", "continue", "fail"]
 Api = Literal["chat", "responses", "dashscope"]
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -63,7 +63,8 @@ class JobRequest(BaseModel):
     deadline: datetime | None = None
     """After this moment the job fails with `deadline_exceeded`, wherever it is."""
     on_interrupt: OnInterrupt = "restart"
-    """What happens when a worker vanishes in mid-answer: generate again from the start, or fail."""
+    """What happens when an answer breaks off in the middle: generate it again from the start, go on where it broke
+    off (where the provider can; else from the start), or fail."""
     timeouts: Timeouts | None = None
     """Instead of the model's own."""
     max_output_bytes: Annotated[int, Field(ge=1)] | None = None

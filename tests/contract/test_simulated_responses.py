@@ -240,8 +240,10 @@ async def test_without_stream_the_answer_is_one_object(sdk: AsyncOpenAI, upstrea
     upstream.then(EVERYTHING)
     response = await sdk.responses.create(model="some-model", input="Hi")
     assert (response.output_text, response.model, response.status) == (EVERYTHING.text, "some-model", "completed")
-    again = await sdk.responses.retrieve(response.id)
-    assert again == response
+    assert await sdk.responses.retrieve(response.id) == response
+    unstored = await sdk.responses.create(model="sim", input="Hi", store=False)
+    with pytest.raises(openai.NotFoundError, match=unstored.id):
+        await sdk.responses.retrieve(unstored.id)
 
 
 async def test_a_background_response_goes_on_alone_and_is_read_on_from_a_number(

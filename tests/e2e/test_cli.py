@@ -214,10 +214,16 @@ def test_the_demonstration_on_the_real_model() -> None:
     assert time.monotonic() - started < 30
 
 
-def test_the_readmes_example_runs(tmp_path: Path) -> None:
-    """The twelve lines of the README are the file in examples/, word for word."""
+@pytest.mark.parametrize(("number", "example"), [(1, "quickstart"), (-1, "simulated_model")])
+def test_the_readmes_examples_are_files_word_for_word(number: int, example: str) -> None:
     root = Path(__file__).parents[2]
-    code = (root / "examples/quickstart.py").read_text()
+    code = (root / f"examples/{example}.py").read_text()
     readme = (root / "README.md").read_text()
-    shown = readme.split("```python\n")[1].split("```")[0]
+    shown = readme.split("```python\n")[number].split("```")[0]
     assert [line for line in shown.splitlines() if line.strip()] == [line for line in code.splitlines() if line.strip()]
+
+
+def test_the_simulated_model_answers_as_the_readme_says() -> None:
+    program = Path(__file__).parents[2] / "examples/simulated_model.py"
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["['Hello', '!']", "/v1/responses Hi"]

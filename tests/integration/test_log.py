@@ -86,7 +86,7 @@ class LogMachine(RuleBasedStateMachine):
         script = load(name, package, using=using)
         return self.redis.eval(script.source.decode(), 3, *self.keys, *args)
 
-    def begin(self, writer: Writer, mode: str) -> Any:
+    def begin(self, writer: Writer, mode: str, origin: str = "") -> Any:
         run = f"run-{len(self.seen_attempts)}-{writer.number}-{len(self.model)}"
         args = (
             run,
@@ -102,7 +102,7 @@ class LogMachine(RuleBasedStateMachine):
             "",
             "",
         )
-        reply = self.script("begin", (*args, *TTLS, "restart"))
+        reply = self.script("begin", (*args, *TTLS, "restart", origin))
         if reply[0] == b"RUN":
             attempt = int(reply[1])
             assert attempt not in self.seen_attempts, "an attempt's number is issued once"
@@ -124,6 +124,28 @@ class LogMachine(RuleBasedStateMachine):
             self.close_by_other("cancelled")
         else:
             assert reply[0] == b"RUN"
+
+    @rule(stale=st.booleans())
+    @precondition(lambda self: len(self.writers) < 6 and self.model)
+    def go_on(self, *, stale: bool) -> None:
+        """A claim that goes on from what it has read: from the last entry, or from one that no longer is."""
+        origin = self.model[-2 if stale and len(self.model) > 1 else -1][0]
+        writer = Writer(len(self.writers) + 1)
+        self.writers.append(writer)
+        reply = self.begin(writer, "claim", str(origin))
+        if self.ended or self.cancelled:
+            assert reply[0] == b"ENDED"
+            self.close_by_other("cancelled")
+        elif reply[0] == b"RUN":
+            assert reply[3] == b"continue"
+            before = [position for position, _ in self.model[:-1]]
+            assert before[-1] == origin, "it goes on from the last entry"
+            attempt = [position.seq for position in before if position.attempt == origin.attempt]
+            assert attempt == list(range(origin.seq + 1)), "and no hole lies before it"
+        else:
+            assert reply[0] == b"MOVED"
+            assert stale or self.damaged
+            writer.open = False
 
     def close_by_other(self, kind: str) -> None:
         if not self.ended:

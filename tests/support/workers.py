@@ -26,6 +26,19 @@ api = ["chat", "responses"]
 [providers.native]
 base_url = "{root}/api/v1"
 api = "dashscope"
+[providers.partial]
+base_url = "{url}"
+continuation = "partial"
+[providers.prefix]
+base_url = "{url}"
+continuation = "prefix"
+[providers.vllm]
+base_url = "{url}"
+continuation = "continue_final_message"
+[providers.background]
+base_url = "{url}"
+api = "responses"
+continuation = "background"
 [providers.keyed]
 base_url = "{url}"
 api_key_env = "SIM_KEY"

@@ -408,6 +408,7 @@ def test_shipped_providers_ask_for_the_keys_that_their_own_sdks_read() -> None:
         "dashscope-native": "DASHSCOPE_API_KEY",
         "dashscope-native-cn": "DASHSCOPE_API_KEY",
         "deepseek": "DEEPSEEK_API_KEY",
+        "deepseek-beta": "DEEPSEEK_API_KEY",
         "local": None,
     }
 

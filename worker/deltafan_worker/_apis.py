@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 
@@ -38,8 +39,23 @@ def _chat_body(route: Route, body: Mapping[str, Any]) -> dict[str, Any]:
     return {**route.defaults, **body, "model": route.model, "stream": True, "stream_options": options}
 
 
+def continued(route: Route, body: Mapping[str, Any], said: str) -> dict[str, Any]:
+    """The body that asks for the rest of an answer of which `said` is there."""
+    message: dict[str, Any] = {"role": "assistant", "content": said}
+    options: dict[str, Any] = {}
+    match route.continuation:
+        case "partial":
+            message["partial"] = True
+        case "prefix":
+            message["prefix"] = True
+        case "continue_final_message":
+            options = {"continue_final_message": True, "add_generation_prompt": False}
+    return {**body, **options, "messages": [*body["messages"], message]}
+
+
 def _responses_body(route: Route, body: Mapping[str, Any]) -> dict[str, Any]:
-    return {**route.defaults, **body, "model": route.model, "stream": True}
+    kept = {"background": True, "store": True} if route.in_background else {}
+    return {**route.defaults, **body, **kept, "model": route.model, "stream": True}
 
 
 def _dashscope_body(route: Route, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,8 +103,32 @@ APIS: Mapping[str, Api] = {
 }
 
 
-def request_of(route: Route, body: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
-    """The bytes to send, and the headers: what the API asks for, under the provider's own."""
+@dataclass(frozen=True, slots=True)
+class HttpCall:
+    """A request as it is sent."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str] = field(repr=False)
+    data: bytes | None = field(default=None, repr=False)
+
+
+def generating(route: Route, body: Mapping[str, Any]) -> HttpCall:
+    """The call that begins an answer."""
+    return HttpCall("POST", route.url, _headers(route), orjson.dumps(APIS[route.api].body(route, body)))
+
+
+def listening(route: Route, response_id: str, after: int) -> HttpCall:
+    """The call for a background response's events after number `after`."""
+    return HttpCall("GET", f"{route.url}/{quote(response_id)}?stream=true&starting_after={after}", _headers(route))
+
+
+def ending(route: Route, response_id: str) -> HttpCall:
+    """The call that ends a background response."""
+    return HttpCall("POST", f"{route.url}/{quote(response_id)}/cancel", _headers(route))
+
+
+def _headers(route: Route) -> dict[str, str]:
+    """What the API asks for, under the provider's own."""
     api = APIS[route.api]
-    headers = {"Content-Type": "application/json", "Accept": "text/event-stream", **api.headers, **route.headers}
-    return orjson.dumps(api.body(route, body)), headers
+    return {"Content-Type": "application/json", "Accept": "text/event-stream", **api.headers, **route.headers}

@@ -6,7 +6,8 @@ All of it only before the first delta. What breaks after that is for the run to 
 import asyncio
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import aiohttp
 
 from deltafan._events import Delta
-from deltafan_worker._apis import APIS
+from deltafan_worker._apis import APIS, ending, generating, listening
+from deltafan_worker._background import BackgroundDecoder, ResponseNote, Unread
 from deltafan_worker._cooldown import Cooldowns
+from deltafan_worker._decoder import Completion, Decoder
 from deltafan_worker._ending import CallMeter, Ending
 from deltafan_worker._retry import FIRST_PAUSE_S, pause_before
 from deltafan_worker._route import Route
-from deltafan_worker._upstream import stream_generation
+from deltafan_worker._upstream import stream_generation, tell
 from deltafan_worker._upstream_error import UpstreamError
 from deltafan_worker._writer import StreamWriter
 
@@ -89,6 +92,8 @@ class ModelCalls:
         place = (route.provider, route.model)
         if route.other_url is not None and self._moved.get(place) == route.other_url:
             route = replace(route, url=route.other_url, other_url=route.url)
+        if route.in_background:
+            return await self._call_in_background(route, body, writer, meter)
         try:
             return await self._call(route, body, writer, meter)
         except UpstreamError as error:
@@ -99,22 +104,90 @@ class ModelCalls:
 
     async def _call(self, route: Route, body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter) -> Ending:
         decoder = APIS[route.api].decoder(route.model)
+        with self._metered(route, decoder, meter):
+            call, publish = generating(route, body), _publishing(writer, meter)
+            completion = await stream_generation(self._session, route, call, decoder, publish)
+        return Ending.completed(completion.finish_reason)
+
+    async def _call_in_background(
+        self, route: Route, body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter
+    ) -> Ending:
+        decoder = BackgroundDecoder(
+            lambda id_: writer.note_response(str(ResponseNote(meter.call_id, route.provider, id_)))
+        )
+        publish = _publishing(writer, meter)
+        with self._metered(route, decoder, meter):
+            try:
+                call = generating(route, body)
+                completion = await stream_generation(self._session, route, call, decoder, publish)
+            except UpstreamError as error:
+                if decoder.response_id is None or not error.may_be_found_again:
+                    raise
+                completion = await self._listen(route, decoder.response_id, decoder, publish)
+        return Ending.completed(completion.finish_reason)
+
+    async def listen_again(
+        self, route: Route, note: ResponseNote, published: Sequence[Delta], writer: StreamWriter, meter: CallMeter
+    ) -> Ending:
+        """Read on in a response that another worker began, of which `published` is in the stream."""
+        decoder = BackgroundDecoder(lambda _id: None)
+        with self._metered(route, decoder, meter):
+            try:
+                publish = Unread(published, _publishing(writer, meter))
+                completion = await self._listen(route, note.id, decoder, publish)
+            except UpstreamError as error:
+                return Ending.failed(error.code, error.message, retryable=error.retryable)
+        return Ending.completed(completion.finish_reason)
+
+    async def _listen(
+        self, route: Route, response_id: str, decoder: BackgroundDecoder, publish: Callable[[list[Delta]], None]
+    ) -> Completion:
+        """Read a background response on, over as many connections as it takes; only progress pays for another."""
+        retry = 0
+        while True:
+            decoder.resume()
+            before = decoder.last_event
+            try:
+                call = listening(route, response_id, max(0, before))
+                return await stream_generation(self._session, route, call, decoder, publish)
+            except UpstreamError as error:
+                if error.status == 404:
+                    message = "the provider no longer has the response"
+                    raise UpstreamError(code="response_lost", message=message, retryable=True) from None
+                retry = 1 if decoder.last_event > before else retry + 1
+                pause_s = pause_before(retry, error, max_retries=self._max_retries, jitter=random.random())
+                if pause_s is None or not error.may_be_found_again:
+                    raise
+            await asyncio.sleep(pause_s)
+
+    async def end_background(self, meter: CallMeter) -> None:
+        """End a response that would be generated on without us; best effort."""
+        if meter.route.in_background and meter.response_id is not None:
+            with suppress(UpstreamError):
+                await tell(self._session, ending(meter.route, meter.response_id), within_s=5.0)
+
+    @contextmanager
+    def _metered(self, route: Route, decoder: Decoder, meter: CallMeter) -> Iterator[None]:
         clock = asyncio.get_running_loop().time
-
-        def publish(deltas: list[Delta]) -> None:
-            writer.extend(deltas)
-            if meter.deltas == 0:
-                meter.first_delta_s = clock()
-            meter.deltas += len(deltas)
-            if writer.log.size_bytes > route.max_output_bytes:
-                raise _too_long(route)
-
         meter.route, meter.started_at_ms, meter.started_s = route, time.time_ns() // 1_000_000, clock()
         try:
-            completion = await stream_generation(self._session, route, body, decoder, publish)
+            yield
         finally:
             meter.ended_s, meter.raw_usage, meter.response_id = clock(), decoder.usage, decoder.response_id
-        return Ending.completed(completion.finish_reason)
+
+
+def _publishing(writer: StreamWriter, meter: CallMeter) -> Callable[[list[Delta]], None]:
+    clock = asyncio.get_running_loop().time
+
+    def publish(deltas: list[Delta]) -> None:
+        writer.extend(deltas)
+        if meter.deltas == 0:
+            meter.first_delta_s = clock()
+        meter.deltas += len(deltas)
+        if writer.log.size_bytes > meter.route.max_output_bytes:
+            raise _too_long(meter.route)
+
+    return publish
 
 
 def _too_long(route: Route) -> UpstreamError:

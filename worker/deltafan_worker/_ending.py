@@ -74,6 +74,11 @@ class CallMeter:
     raw_usage: Mapping[str, Any] | None = None
     response_id: str | None = None
 
+    @property
+    def goes_on_alone(self) -> bool:
+        """Whether the call is billed by whoever reads its response to the end, not by us."""
+        return self.route.in_background and self.response_id is not None
+
     def record(self, outcome: CallOutcome, *, attempt: int, attempt_no: int, output_bytes: int = 0) -> UsageRecord:
         """The usage record as things stand; without the provider's own, an estimate of what was streamed."""
         bare = self._bare(outcome, attempt, attempt_no)

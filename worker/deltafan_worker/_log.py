@@ -2,10 +2,13 @@
 
 Compact, because there is one per live generation: a short delta takes its bytes plus five, where a list of objects
 takes over a hundred. Entry n of the log has seq n + 1 in the stream; seq 0 is `started`.
+
+An attempt that continues another keeps that one's deltas before its own: they count for the answer, and are written
+again when all of it must be.
 """
 
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from deltafan._events import ANNOTATION, AUDIO, CONTENT, REASONING, REFUSAL, TOOL_CALL, Delta, Event
@@ -22,20 +25,28 @@ _MIDDLES = tuple(pack("type", name, "data").split(b"\r\n", 1)[1] for name in _TY
 class AttemptLog:
     """Deltas in order, appended one by one and read back by index."""
 
-    __slots__ = ("_codes", "_data", "_ends")
+    __slots__ = ("_codes", "_data", "_ends", "_kept")
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Iterable[Delta] = ()) -> None:
         self._codes = bytearray()
         self._ends = array("I")
         self._data = bytearray()
+        for delta in kept:
+            self.append(delta)
+        self._kept = len(self._codes)
 
     def __len__(self) -> int:
-        return len(self._codes)
+        """How many of the deltas are this attempt's own."""
+        return len(self._codes) - self._kept
 
     @property
     def size_bytes(self) -> int:
-        """Length of all data."""
-        return len(self._data)
+        """Length of this attempt's own data."""
+        return len(self._data) - (self._ends[self._kept - 1] if self._kept else 0)
+
+    def own_all(self) -> None:
+        """What was kept is written again as this attempt's own."""
+        self._kept = 0
 
     def append(self, delta: Delta) -> None:
         """Add a delta."""
@@ -43,8 +54,12 @@ class AttemptLog:
         self._data += delta.data
         self._ends.append(len(self._data))
 
+    def deltas(self) -> list[Delta]:
+        """All deltas, kept ones first."""
+        return [Delta(event.type, event.data) for event in self.events(0)]
+
     def events(self, attempt: int) -> Iterator[Event]:
-        """The deltas as the entries of an attempt."""
+        """All deltas as if they were the entries of one attempt."""
         start = 0
         for index, (code, end) in enumerate(zip(self._codes, self._ends, strict=True)):
             yield Event(Position(attempt, index + 1), _TYPES[code], bytes(self._data[start:end]))
@@ -77,14 +92,15 @@ class AttemptLog:
         return [event for event in self.events(0) if event.type == kind]
 
     def commands(self, head: bytes, attempt: int, first: int) -> list[bytes]:
-        """The XADD commands that append entries `first` … to a stream, packed; `head` is the stream's append_head."""
-        ends, codes = self._ends, self._codes
+        """The XADD commands that append own entries `first` … to a stream, packed; `head` is its append_head."""
+        ends, codes, kept = self._ends, self._codes, self._kept
+        first += kept
         offset = start = ends[first - 1] if first else 0
         data = bytes(memoryview(self._data)[start:])
         commands = []
         for index in range(first, len(codes)):
             end = ends[index]
-            entry_id = b"%d-%d" % (attempt, index + 1)
+            entry_id = b"%d-%d" % (attempt, index + 1 - kept)
             text = data[start - offset : end - offset]
             commands.append(
                 b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n"

@@ -93,6 +93,19 @@ class Publisher:
                 refused = True
                 await asyncio.sleep(_RETRY_PAUSE_S)
 
+    async def ask(self, *args: Argument) -> Reply:
+        """Run one reading command on the streams' connection, as often as it takes."""
+        while True:
+            await self._connected.wait()
+            assert self._connection is not None
+            try:
+                return await self._connection.call(*args)
+            except ConnectionLost:
+                await asyncio.sleep(0)
+            except ServerError as error:
+                log.debug("%s refused %s: %s", masked_url(self._url), args[0], error)
+                await asyncio.sleep(_RETRY_PAUSE_S)
+
     def send(self, command: bytes, handler: Handler) -> None:
         """Send a command whose loss does no harm; without a connection it is not sent, and nobody is told."""
         if self._connection is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from deltafan_worker._usage import Price
 
@@ -25,6 +25,11 @@ class Timeouts:
         return replace(self, **given) if given else self
 
 
+Continuation: TypeAlias = Literal["partial", "prefix", "continue_final_message", "background"]
+"""How a provider is asked to go on with an answer that broke off. The first three send what there is of it along;
+`background` finds the same response again, which the provider went on generating."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """One provider's way to one model."""
@@ -42,6 +47,10 @@ class Route:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Goes under the request's body."""
     price: Price | None = None
+    continuation: Continuation | None = None
+    """None: it can not go on, only begin anew."""
+    in_background: bool = False
+    """Whether the provider is to generate on when nobody listens."""
     timeouts: Timeouts = Timeouts()
     max_output_bytes: int = 16 * 1024 * 1024
     """What is longer is cut."""

@@ -6,7 +6,7 @@ from deltafan._errors import DeltafanError
 from deltafan_config import Catalogue, MissingKey, Provider, Settings
 from deltafan_config import Route as ConfiguredRoute
 from deltafan_worker._apis import APIS
-from deltafan_worker._route import Route, Timeouts
+from deltafan_worker._route import Continuation, Route, Timeouts
 
 
 class UnsupportedApi(DeltafanError):
@@ -68,6 +68,7 @@ class Router:
             headers=headers,
             defaults=route.defaults,
             price=route.price,
+            continuation=_continuation(provider, api),
             timeouts=self._timeouts(route),
             max_output_bytes=self._settings.max_output_bytes,
         )
@@ -80,3 +81,12 @@ class Router:
             silence_s=own.silence_s or general.silence_timeout_s,
             total_s=own.total_s or general.total_timeout_s,
         )
+
+
+def _continuation(provider: Provider, api: str) -> Continuation | None:
+    """Background is a thing of Responses, the others are of Chat Completions."""
+    if api == "responses":
+        return "background" if "background" in provider.continuation else None
+    if api == "chat":
+        return next((way for way in provider.continuation if way != "background"), None)
+    return None

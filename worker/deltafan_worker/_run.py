@@ -11,7 +11,7 @@ from uuid import uuid4
 import orjson
 
 from deltafan._errors import DeltafanError, InvalidRequest
-from deltafan._events import FAILED
+from deltafan._events import COMPLETED, FAILED
 from deltafan._lua import load
 from deltafan._position import Position
 from deltafan._request import JobRequest, check_job_id, parse_request
@@ -22,8 +22,18 @@ from deltafan_worker._claim import Claim, Leave
 from deltafan_worker._ending import CallMeter, Ending, members, seal
 from deltafan_worker._interrupt import Interrupt, Reason
 from deltafan_worker._publisher import Publisher
+from deltafan_worker._resumption import Leftover, Plan, plan_onwards, read_leftover
 from deltafan_worker._route import Route
-from deltafan_worker._writer import Begun, Call, Ended, NotOurs, RunLimits, Sealed, StreamWriter
+from deltafan_worker._writer import (
+    Begun,
+    Call,
+    Ended,
+    Moved,
+    NotOurs,
+    RunLimits,
+    Sealed,
+    StreamWriter,
+)
 
 RELEASE_DELAY_MS = 1000
 """A job that turned out to be another's is left to its owner for this long."""
@@ -42,6 +52,11 @@ class _Job:
     request: JobRequest | None = None
     routes: Sequence[Route] = ()
     refusal: Ending | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an answer that broke off is to be gone on with."""
+        return self.request is not None and self.refusal is None and self.request.on_interrupt == "continue"
 
 
 class JobRunner:
@@ -101,7 +116,7 @@ class JobRunner:
         try:
             check_job_id(job_id)
             request = parse_request(fields)
-            routes = [_for_job(route, request) for route in self._resolve(request.model, request.api)]
+            routes = [_as_asked(route, request) for route in self._resolve(request.model, request.api)]
             is_late = _left_s(request) == 0.0
             return _Job(id=job_id, request=request, routes=routes, refusal=_LATE if is_late else None)
         except DeltafanError as error:
@@ -110,31 +125,55 @@ class JobRunner:
 
     async def _attempts(self, job: _Job, writer: StreamWriter, claim: Claim) -> None:
         """Run attempts until one ends the job, or it is another's."""
-        limits = RunLimits(self._max_attempts, job.request.on_interrupt if job.request else "restart")
-        meter, note = self._meter(job), b""
         self._calls.prepare(job.routes)
-        verdict = await writer.begin(self._call(meter), limits)
+        verdict, meter, plan = await self._begin(job, writer, await self._left_by_others(job, writer, claim))
         while isinstance(verdict, Begun):
-            ending = await self._generate(job, writer, meter)
+            ending = await self._generate(job, writer, meter, plan)
             if ending is None:
                 await self._let_go(writer, meter, claim)
                 return
-            if self._may_restart(job, writer, ending):
-                note = _note(meter, writer, "interrupted")
-                meter = self._meter(job)
-                verdict = await writer.begin(self._call(meter), limits, previous_note=note)
+            if self._may_run_again(job, writer, ending):
+                note, leftover = _note(meter, writer, "interrupted"), Leftover(writer.broken_off())
+                verdict, meter, plan = await self._begin(job, writer, leftover, note)
             else:
                 verdict = await writer.finish(partial(_seal, ending, writer, meter))
         self._settle(claim, verdict, writer, meter)
+        if meter is not None and isinstance(verdict, Ended) and verdict.status != COMPLETED:
+            await self._calls.end_background(meter)
 
-    async def _generate(self, job: _Job, writer: StreamWriter, meter: CallMeter | None) -> Ending | None:
-        """Stream one answer; None when the job is to be given to another worker."""
+    async def _left_by_others(self, job: _Job, writer: StreamWriter, claim: Claim) -> Leftover:
+        """What an earlier claim's attempt has left, for a job that may go on from it."""
+        if claim.number < 2 or not job.goes_on:
+            return Leftover()
+        return await read_leftover(self._publisher, writer.events_key, writer.state_key)
+
+    async def _begin(
+        self, job: _Job, writer: StreamWriter, leftover: Leftover, note: bytes = b""
+    ) -> tuple[Begun | Ended | NotOurs, CallMeter | None, Plan]:
+        """Open an attempt that goes on from what is left, where job and providers allow it; else one from the start."""
+        anew = Plan(job.routes, job.request.body if job.request else {})
+        onwards = plan_onwards(job.routes, anew.body, leftover) if job.goes_on else None
+        is_run = job.request is not None and job.refusal is None
+        limits = RunLimits(self._max_attempts, job.request.on_interrupt if job.request and is_run else "restart")
+        for plan in (onwards, anew):
+            if plan is not None:
+                meter = self._meter(job, plan)
+                verdict = await writer.begin(self._call(meter), limits, previous_note=note, broken=plan.broken)
+                if not isinstance(verdict, Moved):
+                    return verdict, meter, plan
+        raise AssertionError("an attempt from the start depends on nothing that could have moved")
+
+    async def _generate(self, job: _Job, writer: StreamWriter, meter: CallMeter | None, plan: Plan) -> Ending | None:
+        """Stream one answer, or the rest of one; None when the job is to be given to another worker."""
         if job.refusal is not None or job.request is None or meter is None:
             return job.refusal
         left_s = _left_s(job.request)
         if left_s == 0.0:  # a timeout of 0 would still let a request out on a connection that is open
             writer.interrupt.cut(Reason.DEADLINE)
-        call = self._calls.answer(job.routes, job.request.body, writer, meter)
+        if plan.response is not None:
+            call = self._calls.listen_again(plan.routes[0], plan.response, plan.published, writer, meter)
+        else:
+            call = self._calls.answer(plan.routes, plan.body, writer, meter)
         ending = await writer.interrupt.run(call, within_s=left_s)
         if ending is not None:
             return ending
@@ -142,10 +181,10 @@ class JobRunner:
             await self._record_cancel(writer)
         return _ending_of(writer.interrupt)
 
-    def _may_restart(self, job: _Job, writer: StreamWriter, ending: Ending) -> bool:
-        """Whether an answer that broke after its first delta is generated again, visibly to its readers."""
+    def _may_run_again(self, job: _Job, writer: StreamWriter, ending: Ending) -> bool:
+        """Whether an answer that broke after its first delta is generated again, or gone on with."""
         broken = ending.status == FAILED and ending.failure is not None and ending.failure.retryable
-        allowed = job.request is not None and job.request.on_interrupt == "restart" and writer.interrupt.reason is None
+        allowed = job.request is not None and job.request.on_interrupt != "fail" and writer.interrupt.reason is None
         return broken and allowed and len(writer.log) > 0 and writer.attempt_no < self._max_attempts
 
     async def _record_cancel(self, writer: StreamWriter) -> None:
@@ -158,7 +197,7 @@ class JobRunner:
         claim.leave, claim.status, claim.release_delay_ms = Leave.RELEASE, "running", 0
         if writer.interrupt.reason is Reason.HAND_OVER:
             await writer.hand_over(_note(meter, writer, "handed_over"))
-        elif meter is not None:
+        elif meter is not None and not meter.goes_on_alone:
             claim.notes = ((meter.call_id, _note(meter, writer, "interrupted")),)
 
     def _settle(self, claim: Claim, verdict: Ended | NotOurs, writer: StreamWriter, meter: CallMeter | None) -> None:
@@ -167,20 +206,20 @@ class JobRunner:
             claim.leave, claim.status, claim.notes = Leave.FINISH, verdict.status, verdict.notes
             return
         claim.leave, claim.status, claim.release_delay_ms = Leave.RELEASE, "running", RELEASE_DELAY_MS
-        if called and meter is not None:
+        if called and meter is not None and not meter.goes_on_alone:
             claim.notes = ((meter.call_id, _note(meter, writer, "interrupted")),)
 
-    def _meter(self, job: _Job) -> CallMeter | None:
+    def _meter(self, job: _Job, plan: Plan) -> CallMeter | None:
         if job.request is None or job.refusal is not None:
             return None
         return CallMeter(
             job_id=job.id,
-            call_id=uuid4().hex,
+            call_id=plan.response.call if plan.response else uuid4().hex,
             lane=job.request.lane,
             tenant=job.request.tenant,
             worker=self._worker,
             submitted_at_ms=job.request.submitted_at_ms,
-            route=job.routes[0],
+            route=plan.routes[0],
         )
 
     def _call(self, meter: CallMeter | None) -> Call:
@@ -194,11 +233,17 @@ class JobRunner:
         return Call(meter.call_id, members(started), members(lost))
 
 
-def _for_job(route: Route, request: JobRequest) -> Route:
-    """The route within the job's own limits."""
+def _as_asked(route: Route, request: JobRequest) -> Route:
+    """The route as this job wants it used."""
     timeouts = request.timeouts.model_dump(exclude_none=True) if request.timeouts else {}
+    in_background = request.on_interrupt == "continue" and route.continuation == "background"
     longest = min(route.max_output_bytes, request.max_output_bytes or route.max_output_bytes)
-    return replace(route, timeouts=route.timeouts.over(timeouts), max_output_bytes=longest)
+    return replace(
+        route,
+        timeouts=route.timeouts.over(timeouts),
+        in_background=in_background,
+        max_output_bytes=longest,
+    )
 
 
 def _left_s(request: JobRequest) -> float | None:

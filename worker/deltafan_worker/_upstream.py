@@ -7,14 +7,14 @@ nothing left for an SDK to do, since decoding, retrying and the reading of error
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 
 from deltafan._events import Delta
-from deltafan_worker._apis import request_of
+from deltafan_worker._apis import HttpCall
 from deltafan_worker._decoder import Completion, Decoder
 from deltafan_worker._route import Route
 from deltafan_worker._upstream_error import UpstreamError, from_response
@@ -26,7 +26,7 @@ MAX_ERROR_BYTES = 64 * 1024
 async def stream_generation(
     session: aiohttp.ClientSession,
     route: Route,
-    body: Mapping[str, Any],
+    call: HttpCall,
     decoder: Decoder,
     publish: Callable[[list[Delta]], None],
 ) -> Completion:
@@ -38,7 +38,7 @@ async def stream_generation(
     timeouts = route.timeouts
     try:
         async with asyncio.timeout(timeouts.total_s), Watchdog(timeouts.first_delta_s, timeouts.silence_s) as watchdog:
-            async with _post(session, route, body) as response:
+            async with _open(session, route, call) as response:
                 return await _pump(response, decoder, publish, watchdog)
     except Silence as silence:
         raise UpstreamError(code=silence.code, message=str(silence), retryable=True) from None
@@ -48,6 +48,20 @@ async def stream_generation(
     except aiohttp.ClientError as error:
         message = f"the connection to {route.provider} broke ({type(error).__name__})"
         raise UpstreamError(code="connection_lost", message=message, retryable=True) from error
+
+
+async def tell(session: aiohttp.ClientSession, call: HttpCall, *, within_s: float) -> None:
+    """Make a call whose answer changes nothing.
+
+    Raises:
+        UpstreamError: it did not arrive.
+    """
+    try:
+        timeout = aiohttp.ClientTimeout(total=within_s)
+        async with session.request(call.method, call.url, data=call.data, headers=call.headers, timeout=timeout):
+            pass
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise UpstreamError(code="connection_lost", message=type(error).__name__, retryable=True) from error
 
 
 async def _pump(
@@ -79,14 +93,11 @@ def _publish_decoded(decoder: Decoder, publish: Callable[[list[Delta]], None]) -
 
 
 @asynccontextmanager
-async def _post(
-    session: aiohttp.ClientSession, route: Route, body: Mapping[str, Any]
-) -> AsyncIterator[aiohttp.ClientResponse]:
-    data, headers = request_of(route, body)
+async def _open(session: aiohttp.ClientSession, route: Route, call: HttpCall) -> AsyncIterator[aiohttp.ClientResponse]:
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=route.timeouts.connect_s)
     try:
-        request = session.post(route.url, data=data, headers=headers, timeout=timeout, allow_redirects=False)
-        async with request as response:
+        options: Any = {"headers": call.headers, "timeout": timeout, "allow_redirects": False}
+        async with session.request(call.method, call.url, data=call.data, **options) as response:
             if response.status != 200:
                 detail = await response.content.read(MAX_ERROR_BYTES)
                 raise from_response(response.status, response.headers, detail, now_s=time.time())

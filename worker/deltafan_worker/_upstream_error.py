@@ -62,6 +62,10 @@ _REFUSED_EVERYWHERE = frozenset(
         "content_filter",
     }
 )
+_CONNECTION_CODES = frozenset(
+    {"truncated", "connection_lost", "connect_failed", "connect_timeout", "silence_timeout", "first_delta_timeout"}
+    | {f"http_{status}" for status in (500, 502, 503, 504, 429)}
+)
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
 _STATUS_IN_TEXT = re.compile(r"HTTP_STATUS/(\d{3})")
 
@@ -104,6 +108,11 @@ class UpstreamError(Exception):
         return self.code.lower() in _REFUSED_EVERYWHERE or (
             self.status in (400, 413, 422) and self.code.lower() not in _PERMANENT_CODES
         )
+
+    @property
+    def may_be_found_again(self) -> bool:
+        """Whether only the connection is gone, not the response that was read over it."""
+        return self.retryable and self.code in _CONNECTION_CODES
 
     @property
     def is_wrong_path(self) -> bool:

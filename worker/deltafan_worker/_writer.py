@@ -2,14 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from deltafan._events import Delta
 from deltafan._lua import Script, load
-from deltafan._resp import Argument, Reply, pack
+from deltafan._position import Position
+from deltafan._resp import Argument, Reply, ignore, pack
 from deltafan._retention import Retention
 from deltafan_worker._interrupt import Interrupt, Reason
 from deltafan_worker._log import AttemptLog, append_head
@@ -22,8 +23,8 @@ log = logging.getLogger("deltafan.writer")
 MAX_REPLAYS = 5
 """How often one run writes its stream anew before it gives up: a server that keeps losing keys is not noeviction."""
 
-_BEGIN, _COMPARE, _FINISH, _HAND_OVER = (
-    load(name, "deltafan_worker") for name in ("begin", "compare", "finish", "hand_over")
+_BEGIN, _COMPARE, _FINISH, _HAND_OVER, _NOTE_RESPONSE = (
+    load(name, "deltafan_worker") for name in ("begin", "compare", "finish", "hand_over", "note_response")
 )
 
 
@@ -47,6 +48,14 @@ class RunLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Broken:
+    """An answer that broke off: what there is of it, and its last entry."""
+
+    position: Position
+    deltas: Sequence[Delta]
+
+
+@dataclass(frozen=True, slots=True)
 class Begun:
     """The attempt is open: call the model."""
 
@@ -67,6 +76,11 @@ class Ended:
 @dataclass(frozen=True, slots=True)
 class NotOurs:
     """A newer claim or attempt owns the job: leave it alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The stream is not as the caller read it: read it again, or begin anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +124,22 @@ class StreamWriter:
         self._replays = 0
         self._healing = asyncio.Lock()
 
-    async def begin(self, call: Call, limits: RunLimits, *, previous_note: bytes = b"") -> Begun | Ended | NotOurs:
-        """Open an attempt: the claim's first, or, with the usage note of the call it follows, a restart in place."""
+    async def begin(
+        self, call: Call, limits: RunLimits, *, previous_note: bytes = b"", broken: Broken | None = None
+    ) -> Begun | Ended | NotOurs | Moved:
+        """Open an attempt: the claim's first, or, with the usage note of the call it follows, another one in place.
+
+        With `broken` it goes on after that, and readers keep what they have; else they discard it.
+        """
         async with self._healing:
             self._flowing = False
-            self.log = AttemptLog()
-            return await self._open("restart" if self.run else "claim", call, limits, previous_note)
+            self.log = AttemptLog(broken.deltas if broken else ())
+            origin = str(broken.position) if broken else ""
+            return await self._open("restart" if self.run else "claim", call, limits, previous_note, origin)
+
+    def broken_off(self) -> Broken | None:
+        """What there is of this attempt's answer, for another to go on from; None when there is nothing."""
+        return Broken(Position(self.attempt, len(self.log)), self.log.deltas()) if len(self.log) else None
 
     def extend(self, deltas: Iterable[Delta]) -> None:
         """Add deltas to the stream, all of a packet at once: they go out now, or with the next flush."""
@@ -186,18 +210,27 @@ class StreamWriter:
         reply = await self._ask(_HAND_OVER, (self.run, self._call.id, note, self._retention.live_ms))
         return _pairs(reply[1])
 
+    def note_response(self, note: str) -> None:
+        """Note where the upstream response can be found again; best effort, nobody waits for it."""
+        keys, args = self._keys, (self.run, note)
+        self._publisher.send(pack("EVAL", _NOTE_RESPONSE.source, len(keys), *keys, *args), ignore)
+
     def close(self) -> None:
         """Leave the publisher: nothing more is sent for this job."""
         self._flowing = False
         self._publisher.remove(self)
 
-    async def _open(self, mode: str, call: Call, limits: RunLimits, previous_note: bytes) -> Begun | Ended | NotOurs:
+    async def _open(
+        self, mode: str, call: Call, limits: RunLimits, previous_note: bytes, origin: str = ""
+    ) -> Begun | Ended | NotOurs | Moved:
         run, previous_call = uuid4().hex, self._call.id if previous_note else ""
         self._publisher.add(self)
         self._doubtful = False
         owner = (run, self.run, self._claim, self.attempt, mode, limits.max_runs, self._retention.live_ms)
         notes = (call.started, call.id, call.lost_note, previous_call, previous_note)
-        reply = await self._ask(_BEGIN, (*owner, *notes, *self._retention.ended_ms, limits.on_interrupt))
+        reply = await self._ask(_BEGIN, (*owner, *notes, *self._retention.ended_ms, limits.on_interrupt, origin))
+        if reply[0] == b"MOVED":
+            return Moved()
         if reply[0] == b"STALE":
             return NotOurs()
         if reply[0] == b"ENDED":
@@ -233,8 +266,9 @@ class StreamWriter:
         if self._replays > MAX_REPLAYS:
             self.interrupt.cut(Reason.STREAM_LOST)
         log.warning("job %s: its stream was lost; all of it is written again in a new attempt", self.job_id)
+        self.log.own_all()
         verdict = await self._open("replay", self._call, RunLimits(), b"")
-        return None if isinstance(verdict, Begun) else verdict
+        return verdict if isinstance(verdict, (Ended, NotOurs)) else None
 
     async def _ask(self, script: Script, args: tuple[Argument, ...]) -> Reply:
         """Run a script of the job. An answer that the job has ended is believed once the replicas have it."""

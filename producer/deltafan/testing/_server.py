@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from itertools import count
 from typing import Any
 
 import orjson
@@ -25,6 +26,7 @@ class Server:
     def __init__(self, upstream: ScriptedUpstream) -> None:
         self._upstream = upstream
         self._stored: dict[str, StoredResponse] = {}
+        self._numbers = count(1)
 
     def app(self) -> web.Application:
         """The routes of all three APIs."""
@@ -79,10 +81,10 @@ class Server:
             streamed = body.get("stream") is True
             # DashScope ignores the wish.
             background = body.get("background") is True and dialect == "openai"
-            framing = responses.Framing(f"resp_{len(self._stored) + 1}", str(body.get("model")), dialect)
-            stored = self._stored[framing.response["id"]] = StoredResponse(
-                framing, background=background, streamed=streamed
-            )
+            framing = responses.Framing(f"resp_{next(self._numbers)}", str(body.get("model")), dialect)
+            stored = StoredResponse(framing, background=background, streamed=streamed)
+            if background or body.get("store") is not False:
+                self._stored[framing.response["id"]] = stored
             steps = _response_steps(script, body, dialect, background=background)
             if background:
                 stored.start(steps)

@@ -11,11 +11,13 @@
 --                           vanish, as JSON members
 --      11 prev_call, 12 prev_note   usage of the call that this attempt follows in place; '' for none
 --      13 stream_ttl_ms, 14 result_ttl_ms, 15 state_ttl_ms
---      16 on_interrupt  restart | fail
--- Returns {'RUN', attempt, attempt_no, mode} | {'ENDED', status, notes} | {'STALE'} a newer claim owns the job
+--      16 on_interrupt  restart | continue | fail
+--      17 from          the last entry that the caller has read and goes on from; '' to begin anew
+-- Returns {'RUN', attempt, attempt_no, mode} | {'ENDED', status, notes} | {'STALE'} a newer claim owns the job |
+-- {'MOVED'} `from` is not the last entry, or a hole lies before it: read again, or begin anew
 local run, prev, claim, min_attempt, mode = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local ttls = { ARGV[13], ARGV[14], ARGV[15] }
-local state = redis.call('HMGET', STATE, 'status', 'run', 'attempt', 'claim', 'runs', 'mode', 'cancel')
+local state = redis.call('HMGET', STATE, 'status', 'run', 'attempt', 'claim', 'runs', 'mode', 'cancel', 'base')
 local status = ended(state[1])
 if status then
   keep_ended(ttls)
@@ -48,15 +50,22 @@ if mode ~= 'replay' then
     return { 'ENDED', 'failed', notes() }
   end
 end
+local from = ARGV[17]
+if from ~= '' and (digits(top_attempt) .. '-' .. digits(top_seq) ~= from or top_attempt ~= attempt
+    or redis.call('XLEN', EVENTS) ~= tonumber(state[8] or -1) + top_seq) then
+  return { 'MOVED' }
+end
 
-local how = mode == 'replay' and 'replay' or (top_attempt == 0 and 'fresh' or 'restart')
+local how = mode == 'replay' and 'replay' or (from ~= '' and 'continue') or (top_attempt == 0 and 'fresh' or 'restart')
 local number = digits(next_attempt(known))
 if mode ~= 'replay' or runs == 0 then runs = runs + 1 end -- 0: a replay after the state was lost
 redis.call('XADD', EVENTS, number .. '-0', 'type', 'started', 'data', '{"attempt":' .. number .. ',"attempt_no":' .. runs ..
-  ',"run":"' .. run .. '","mode":"' .. how .. '",' .. ARGV[8] .. '}')
+  ',"run":"' .. run .. '","mode":"' .. how .. '",' .. (from ~= '' and '"from":"' .. from .. '",' or '') .. ARGV[8] .. '}')
 local base = redis.call('XLEN', EVENTS)
 redis.call('HSET', STATE, 'status', 'running', 'attempt', number, 'run', run, 'claim', digits(math.max(claim, owner_claim)),
   'runs', runs, 'base', base, 'mode', how)
+local response = redis.call('HGET', STATE, 'response')
+if response and string.sub(response, 1, #ARGV[9] + 1) ~= ARGV[9] .. ' ' then redis.call('HDEL', STATE, 'response') end
 if ARGV[9] ~= '' then
   redis.call('HSETNX', STATE, 'u:' .. ARGV[9], '{"attempt":' .. number .. ',"attempt_no":' .. runs .. ',' .. ARGV[10] .. '}')
 end
