@@ -4,6 +4,7 @@ Each fault alone, then random mixtures, then the deliberately broken builds, whi
 seed; the same seed draws the same faults at the same jobs, though not at the same microsecond.
 """
 
+import logging
 import random
 import sys
 import time
@@ -45,8 +46,8 @@ class Table:
 
 def _print(name: str, account: Account) -> None:
     verdict = account.verdict
-    figures = (account.runs, account.faults, account.jobs, account.deltas, verdict.lost, verdict.duplicated)
-    figures += (verdict.disordered, verdict.wrong, account.double_billed, account.unbilled)
+    figures = [account.runs, account.faults, account.jobs, account.deltas, verdict.lost, verdict.duplicated]
+    figures += [verdict.disordered, verdict.wrong, account.double_billed, account.unbilled]
     line = "".join(f"{figure:>9,}" for figure in figures)
     print(f"{name:<50}{line}{account.worst_silence_s:>8.1f}s", flush=True)
 
@@ -80,6 +81,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
     parser.add_argument("--only", help="faults whose name holds this")
     args = parser.parse_args()
+    logging.disable(logging.WARNING)  # a connection that is lost is no news here
     print(f"seed {args.seed}")
     return uvloop.run(run(args.minutes, args.seed, args.only))
 

@@ -51,7 +51,8 @@ class Fleet:
     @property
     def redis(self) -> Redis:
         """A client that goes around the proxy."""
-        return Redis.from_url(self.valkey.url)
+        client: Redis = Redis.from_url(self.valkey.url)
+        return client
 
     def start_worker(self) -> None:
         """One more."""

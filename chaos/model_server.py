@@ -1,9 +1,9 @@
 """The model server of the chaos runs, a process of its own: `python chaos/model_server.py` prints its URL as JSON.
 
-The prompt says what to answer, `<number>:<deltas>:<gap_ms>`, and each delta tells whose it is: `<number>.<call>.<index>;`,
-where `call` counts the requests for that number. So the truth is known for every transcript, and a transcript that mixes
-two calls can be seen. The first fifth of the deltas is reasoning. POST /faults arms faults for the next requests,
-GET /calls tells how often each number was asked for.
+The prompt says what to answer, `<number>:<deltas>:<gap_ms>`, and each delta tells whose it is:
+`<number>.<call>.<index>;`, where `call` counts the requests for that number. So the truth is known for every
+transcript, and one that mixes two calls can be seen. The first fifth of the deltas is reasoning.
+POST /faults arms faults for the next requests, GET /calls tells how often each number was asked for.
 """
 
 import asyncio

@@ -29,11 +29,11 @@ class Reading:
 
 async def plain(job: Job, reading: Reading) -> Transcript:
     """From the start to the end."""
-    transcript, heard = Transcript(), time.monotonic()
+    transcript, heard = Transcript(), 0.0
     async with reading.consumers[0].tail(job.id) as events:
         async for event in events:
             now = time.monotonic()
-            if event.position.seq > 0:
+            if heard:  # how long it waited in the queue is another matter
                 reading.longest_silence_s = max(reading.longest_silence_s, now - heard)
             heard = now
             reading.events += 1

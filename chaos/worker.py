@@ -12,17 +12,21 @@ from hashlib import sha1
 from deltafan import _lua
 from deltafan_config import load_settings
 
+_SAME_ATTEMPT = """
+local number = digits(attempt > 0 and attempt or next_attempt(known))
+if attempt > 0 then
+  redis.call('HSET', STATE, 'status', 'running', 'run', run, 'claim', digits(claim), 'runs', runs + 1)
+  return { 'RUN', number, runs + 1, 'fresh' }
+end
+"""
+
 BREAKS: dict[str, dict[str, list[tuple[str, str]]]] = {
     # A second owner writes into the first one's attempt, and nobody is told to go.
     "fencing": {
         "begin": [
             (
                 "local number = digits(next_attempt(known))",
-                "local number = digits(attempt > 0 and attempt or next_attempt(known))\n"
-                "if attempt > 0 then\n"
-                "  redis.call('HSET', STATE, 'status', 'running', 'run', run, 'claim', digits(claim), 'runs', runs + 1)\n"
-                "  return { 'RUN', number, runs + 1, 'fresh' }\n"
-                "end",
+                _SAME_ATTEMPT,
             ),
         ],
         "compare": [

@@ -234,15 +234,13 @@ class JobRunner:
 
 
 def _as_asked(route: Route, request: JobRequest) -> Route:
-    """The route as this job wants it used."""
+    """The route as this job wants it used, within the job's own limits."""
     timeouts = request.timeouts.model_dump(exclude_none=True) if request.timeouts else {}
-    in_background = request.on_interrupt == "continue" and route.continuation == "background"
-    longest = min(route.max_output_bytes, request.max_output_bytes or route.max_output_bytes)
     return replace(
         route,
         timeouts=route.timeouts.over(timeouts),
-        in_background=in_background,
-        max_output_bytes=longest,
+        max_output_bytes=min(route.max_output_bytes, request.max_output_bytes or route.max_output_bytes),
+        in_background=request.on_interrupt == "continue" and route.continuation == "background",
     )
 
 
