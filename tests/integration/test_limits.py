@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from redis.asyncio import Redis
 
 from deltafan import Consumer, Generation, JobFailed, Producer, QueueFull, UsageRecord
@@ -62,6 +64,29 @@ async def test_an_endless_answer_is_cut_kept_and_billed(
         assert (record.outcome, record.source) == ("failed", "estimated")
         assert record.output_tokens == len(generation.content) // 4
     assert len(upstream.requests) == 1, "neither retried nor run again"
+
+
+async def test_an_endless_answer_in_one_object_is_cut_as_well(
+    producer: Producer, consumer: Consumer, redis_url: str, tmp_path: Path
+) -> None:
+    """A server that ignores the wish for a stream, and never ends."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        with suppress(ConnectionError):
+            while True:
+                await response.write(b" " * 65_536)
+        return response
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    async with (
+        TestServer(app) as server,
+        running_worker(settings_env(redis_url, str(server.make_url("/v1")), tmp_path)),
+    ):
+        job = await producer.submit(model="sim", messages=HI, max_output_bytes=1000)
+        assert (await failure_of(consumer, job.id))[0] == "output_too_long"
 
 
 async def test_an_answer_of_just_the_limit_completes(

@@ -57,8 +57,8 @@ class Recorder:
     def add(self, kind: str, job: str, **fields: Any) -> None:
         self.lines[kind].append({"job": job, **fields})
 
-    async def submit(self, job: str, **fields: Any) -> None:
-        await self.producer.submit(model="sim", messages=HI, job_id=job, **fields)
+    async def submit(self, job: str, *, model: str = "sim", **fields: Any) -> None:
+        await self.producer.submit(model=model, messages=HI, job_id=job, **fields)
         self.add("arq_jobs", job, data=(await self.redis.get(f"arq:job:{job}")).decode())
         if (request := await self.redis.get(f"deltafan:{{{job}}}:request")) is not None:
             self.add("requests", job, data=request.decode())
@@ -119,6 +119,15 @@ async def _restart(recorder: Recorder) -> None:
     await recorder.run("restart")
 
 
+async def _continue(recorder: Recorder) -> None:
+    recorder.upstream.then([script.delta(content="kept "), script.Cut()], script.text("and on"))
+    await recorder.run("continue", model="partial/x", on_interrupt="continue")
+
+
+async def _background(recorder: Recorder) -> None:
+    await recorder.run("background", model="background/x", api="responses", on_interrupt="continue")
+
+
 async def _replay(recorder: Recorder) -> None:
     gate = asyncio.Event()
     recorder.upstream.then([script.delta(content="one "), gate, script.delta(content="two"), *script.ending()])
@@ -164,7 +173,18 @@ async def _too_many(recorder: Recorder) -> None:
         await recorder.at_rest("too-many-attempts")
 
 
-_SCENARIOS = (_everything, _speech, _restart, _replay, _failed, _cancelled, _cancelled_waiting, _too_many)
+_SCENARIOS = (
+    _everything,
+    _speech,
+    _restart,
+    _continue,
+    _background,
+    _replay,
+    _failed,
+    _cancelled,
+    _cancelled_waiting,
+    _too_many,
+)
 
 
 @asynccontextmanager

@@ -23,7 +23,7 @@ from deltafan_worker._ending import CallMeter, Ending
 from deltafan_worker._retry import FIRST_PAUSE_S, pause_before
 from deltafan_worker._route import Route
 from deltafan_worker._upstream import stream_generation, tell
-from deltafan_worker._upstream_error import UpstreamError
+from deltafan_worker._upstream_error import UpstreamError, too_long
 from deltafan_worker._writer import StreamWriter
 
 _WAITS = 3
@@ -177,22 +177,14 @@ class ModelCalls:
 
 
 def _publishing(writer: StreamWriter, meter: CallMeter) -> Callable[[list[Delta]], None]:
-    clock, route = asyncio.get_running_loop().time, meter.route
+    clock = asyncio.get_running_loop().time
 
     def publish(deltas: list[Delta]) -> None:
         writer.extend(deltas)
         if meter.deltas == 0:
             meter.first_delta_s = clock()
         meter.deltas += len(deltas)
-        if writer.log.size_bytes > route.max_output_bytes:
-            raise _too_long(route)
+        if writer.log.size_bytes > meter.route.max_output_bytes:
+            raise too_long(meter.route.max_output_bytes)
 
     return publish
-
-
-def _too_long(route: Route) -> UpstreamError:
-    message = (
-        f"the answer is longer than {route.max_output_bytes} bytes, so it was cut; "
-        "raise max_output_bytes of the job or of the worker, or bound the answer in the body"
-    )
-    return UpstreamError(code="output_too_long", message=message, retryable=False)

@@ -56,7 +56,7 @@ class _Job:
     @property
     def goes_on(self) -> bool:
         """Whether an answer that broke off is to be gone on with."""
-        return self.request is not None and self.request.on_interrupt == "continue"
+        return self.request is not None and self.refusal is None and self.request.on_interrupt == "continue"
 
 
 class JobRunner:
@@ -153,7 +153,8 @@ class JobRunner:
         """Open an attempt that goes on from what is left, where job and providers allow it; else one from the start."""
         anew = Plan(job.routes, job.request.body if job.request else {})
         onwards = plan_onwards(job.routes, anew.body, leftover) if job.goes_on else None
-        limits = RunLimits(self._max_attempts, job.request.on_interrupt if job.request else "restart")
+        is_run = job.request is not None and job.refusal is None
+        limits = RunLimits(self._max_attempts, job.request.on_interrupt if job.request and is_run else "restart")
         for plan in (onwards, anew):
             if plan is not None:
                 meter = self._meter(job, plan)

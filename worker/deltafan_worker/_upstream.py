@@ -17,10 +17,12 @@ from deltafan._events import Delta
 from deltafan_worker._apis import HttpCall
 from deltafan_worker._decoder import Completion, Decoder
 from deltafan_worker._route import Route
-from deltafan_worker._upstream_error import UpstreamError, from_response
+from deltafan_worker._upstream_error import UpstreamError, from_response, too_long
 from deltafan_worker._watchdog import Silence, Watchdog
 
 MAX_ERROR_BYTES = 64 * 1024
+MAX_AROUND_BYTES = 1024 * 1024
+"""What an answer that comes as one object may have around its text; escaped, that may be twice as long."""
 
 
 async def stream_generation(
@@ -39,7 +41,7 @@ async def stream_generation(
     try:
         async with asyncio.timeout(timeouts.total_s), Watchdog(timeouts.first_delta_s, timeouts.silence_s) as watchdog:
             async with _open(session, route, call) as response:
-                return await _pump(response, decoder, publish, watchdog)
+                return await _pump(response, decoder, publish, watchdog, route.max_output_bytes)
     except Silence as silence:
         raise UpstreamError(code=silence.code, message=str(silence), retryable=True) from None
     except TimeoutError:
@@ -65,10 +67,14 @@ async def tell(session: aiohttp.ClientSession, call: HttpCall, *, within_s: floa
 
 
 async def _pump(
-    response: aiohttp.ClientResponse, decoder: Decoder, publish: Callable[[list[Delta]], None], watchdog: Watchdog
+    response: aiohttp.ClientResponse,
+    decoder: Decoder,
+    publish: Callable[[list[Delta]], None],
+    watchdog: Watchdog,
+    max_output_bytes: int,
 ) -> Completion:
     if response.content_type == "application/json":  # the wish for a stream was ignored
-        decoder.feed_whole(await response.read())
+        decoder.feed_whole(await _read_whole(response, max_output_bytes))
     read, frames = response.content.readany, 0
     while not decoder.finished and (data := await read()):
         decoder.feed(data)
@@ -79,6 +85,15 @@ async def _pump(
     decoder.end()
     _publish_decoded(decoder, publish)
     return decoder.completion()
+
+
+async def _read_whole(response: aiohttp.ClientResponse, max_output_bytes: int) -> bytes:
+    body = bytearray()
+    while data := await response.content.readany():
+        body += data
+        if len(body) > 2 * max_output_bytes + MAX_AROUND_BYTES:
+            raise too_long(max_output_bytes)
+    return bytes(body)
 
 
 def _publish_decoded(decoder: Decoder, publish: Callable[[list[Delta]], None]) -> None:

@@ -167,6 +167,15 @@ def from_error_text(text: str) -> UpstreamError:
     return from_payload(_payload_of(text.encode()), status=int(match[1]) if match else None)
 
 
+def too_long(max_bytes: int) -> UpstreamError:
+    """The answer is longer than this job may have it."""
+    message = (
+        f"the answer is longer than {max_bytes} bytes, so it was cut; "
+        "raise max_output_bytes of the job or of the worker, or bound the answer in the body"
+    )
+    return UpstreamError(code="output_too_long", message=message, retryable=False)
+
+
 def _payload_of(body: bytes) -> Mapping[str, Any]:
     """A JSON object, bare or in the data lines of SSE; an empty one for HTML and other surprises."""
     data_lines = [line[5:] for line in body.splitlines() if line.startswith(b"data:")]
