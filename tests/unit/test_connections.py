@@ -36,8 +36,11 @@ async def test_while_a_command_is_sent_it_is_lost() -> None:
 
 async def test_an_answer_behind_the_one_that_closed_the_connection_is_nobodys() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.read(4096):
-            writer.write(b"+OK\r\n" * 8)
+        try:
+            while await reader.read(4096):
+                writer.write(b"+OK\r\n" * 8)
+        finally:
+            writer.close()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     problems: list[Any] = []
