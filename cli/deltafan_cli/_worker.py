@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
@@ -18,6 +18,7 @@ from deltafan_config import Settings
 log = logging.getLogger("deltafan.worker")
 
 _SUPERVISE_S = 0.5
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run_workers(settings: Settings, *, burst: bool) -> int:
@@ -59,8 +60,10 @@ class _Supervisor:
 
     def run(self) -> int:
         set_up_logging(self._settings)
-        self._children = [self._start() for _ in range(self._settings.processes)]
         with _stop_signals(self._stop):
+            for _ in range(self._settings.processes):
+                if not self._stopping:
+                    self._children.append(self._start())
             while alive := [child for child in self._children if child.is_alive()]:
                 alive[0].join(_SUPERVISE_S)
                 self._replace_dead()
@@ -68,7 +71,14 @@ class _Supervisor:
 
     def _start(self) -> BaseProcess:
         child = self._context.Process(target=_run_one, args=(self._settings, self._burst), name="deltafan-worker")
-        child.start()
+        # Inherited: what reaches a child before it listens waits until it does, and neither kills it nor is lost.
+        # The tracker first: when multiprocessing starts it, it lifts the block again.
+        resource_tracker.ensure_running()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            child.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         return child
 
     def _replace_dead(self) -> None:
@@ -87,7 +97,7 @@ class _Supervisor:
 
 @contextmanager
 def _stop_signals(handler: "signal._HANDLER") -> Iterator[None]:
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -194,6 +194,17 @@ async def test_several_processes_share_the_work_and_stop_together(
         assert await asyncio.to_thread(process.wait, 20) == 0
 
 
+async def test_a_stop_that_comes_while_the_processes_start_is_heeded(env: dict[str, str]) -> None:
+    command = [*DELTAFAN, "worker", "--processes", "2"]
+    with subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        await wait_until(lambda: len(children.read_text().split()) >= 3, "both are started, and none listens yet")
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 20) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
 def test_models_lists_what_is_ready() -> None:
     text = run("models", env={"OPENAI_API_KEY": "k"}).stdout
     assert "smollm2" in text

@@ -141,7 +141,7 @@ class TcpProxy:
             # Half closed: the other direction may still have something to say.
             if not writer.transport.is_closing():
                 writer.write_eof()
-        except ConnectionError:
+        except (ConnectionError, RuntimeError):  # the latter is uvloop's for a transport that is closed
             link.cut()
 
     def _within_limit(self, reply: bytes) -> bytes:

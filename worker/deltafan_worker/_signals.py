@@ -13,6 +13,8 @@ def on_stop_signals(stop: Callable[[], None]) -> Iterator[None]:
     signals = (signal.SIGTERM, signal.SIGINT)
     for number in signals:
         loop.add_signal_handler(number, stop)
+    # Whoever started this process may have held them back until now.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     try:
         yield
     finally:
