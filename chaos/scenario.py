@@ -156,7 +156,8 @@ async def _hurt(made: Fleet, faults: Sequence[Fault], chance: random.Random, loa
         fault = chance.choice(faults)
         await hurt_quietly(fault, made)
         account.faults += fault.name != "nothing"
-        await asyncio.sleep(fault.pause_s * (0.5 + chance.random()))
+        pace = 1 if len(faults) == 1 else 0.5  # a mixture has them closer together, so that they meet
+        await asyncio.sleep(fault.pause_s * pace * (0.5 + chance.random()))
 
 
 async def _settle_bills(made: Fleet, load: _Load, *, forgets: bool) -> None:
