@@ -3,30 +3,28 @@
 import asyncio
 import os
 import sys
-from collections.abc import Coroutine
-from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 import orjson
 import typer
 
 from deltafan import (
-    Consumer,
     DeltafanError,
+    Event,
     Generation,
     InvalidRequest,
     JobEnded,
-    Producer,
     RedisUnavailable,
     UsageRecord,
 )
+from deltafan_cli._batch_app import batch_app
+from deltafan_cli._commands import AsJson, await_, consumer_of, producer_of, read_settings
 from deltafan_cli._view import EventPrinter, err, out, print_json, show_result, usage_table
-from deltafan_config import Catalogue, Settings, SettingsError, load_settings
-
-T = TypeVar("T")
+from deltafan_config import Catalogue, Settings, SettingsError
 
 EXIT_FAILED = 1
 EXIT_MISUSED = 2
@@ -40,8 +38,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(batch_app, name="batch")
+
 JobId = Annotated[str, typer.Argument(help="The job's id, as submit printed it.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 
 
 def run() -> None:
@@ -70,31 +69,6 @@ def run() -> None:
 def _fail(message: str, code: int = EXIT_FAILED) -> NoReturn:
     err.print(message, style="red" if err.is_terminal else "", markup=False)
     sys.exit(code)
-
-
-def _await(work: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(work)
-
-
-def _settings() -> Settings:
-    return load_settings(os.environ)
-
-
-def _producer(settings: Settings) -> AbstractAsyncContextManager[Producer]:
-    return Producer.connect(
-        settings.redis_url,
-        streams_url=settings.streams_url,
-        prefix=settings.prefix,
-        retention=settings.retention,
-        max_body_bytes=settings.max_body_bytes,
-        max_queued=settings.max_queued,
-        replicas=settings.replicas,
-        replicas_timeout_ms=settings.replicas_timeout_ms,
-    )
-
-
-def _consumer(settings: Settings) -> AbstractAsyncContextManager[Consumer]:
-    return Consumer.connect(settings.streams_url, prefix=settings.prefix)
 
 
 @app.callback(invoke_without_command=True)
@@ -141,7 +115,7 @@ def worker(
     from deltafan_cli._worker import check_worker, run_workers
 
     given = {"processes": processes, "concurrency": concurrency}
-    settings = Settings.model_validate(_settings().model_dump() | {k: v for k, v in given.items() if v is not None})
+    settings = Settings.model_validate(read_settings().model_dump() | {k: v for k, v in given.items() if v is not None})
     sys.exit(check_worker(settings) if check else run_workers(settings, burst=burst))
 
 
@@ -156,7 +130,9 @@ def submit(
         str | None, typer.Option(help="An id of your own; repeating it does not run the job again.")
     ] = None,
     lane: Annotated[str, typer.Option(help="interactive or batch.")] = "interactive",
-    deadline: Annotated[float | None, typer.Option(help="Seconds until the job fails if it has not ended.")] = None,
+    deadline: Annotated[
+        float | None, typer.Option(min=0.001, max=30 * 86_400, help="Seconds until the job fails if it has not ended.")
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Print the answer as it comes.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -170,12 +146,14 @@ def submit(
     if job_id is not None:
         fields["job_id"] = job_id
     if deadline is not None:
+        if not isfinite(deadline):
+            raise InvalidRequest("deadline", "is not a number of seconds")
         fields["deadline"] = timedelta(seconds=deadline)
-    sys.exit(_await(_submit(_settings(), fields, follow=follow, as_json=as_json)))
+    sys.exit(await_(_submit(read_settings(), fields, follow=follow, as_json=as_json)))
 
 
 async def _submit(settings: Settings, fields: dict[str, Any], *, follow: bool, as_json: bool) -> int:
-    async with _producer(settings) as producer:
+    async with producer_of(settings) as producer:
         job = await producer.submit(**fields)
     if follow:
         return await _follow(settings, job.id, None, as_json=as_json, text_only=True)
@@ -193,19 +171,19 @@ def tail(
     as_json: AsJson = False,
 ) -> None:
     """Print a job's events from the start, then live, until its end. In a pipe: one line for each event."""
-    sys.exit(_await(_follow(_settings(), job_id, after, as_json=as_json, text_only=False)))
+    sys.exit(await_(_follow(read_settings(), job_id, after, as_json=as_json, text_only=False)))
 
 
 async def _follow(settings: Settings, job_id: str, after: str | None, *, as_json: bool, text_only: bool) -> int:
     printer = EventPrinter(as_json=as_json, text_only=text_only)
     status = ""
     try:
-        async with _consumer(settings) as consumer, consumer.tail(job_id, after=after) as events:
+        async with consumer_of(settings) as consumer, consumer.tail(job_id, after=after) as events:
             async for event in events:
                 printer.show(event)
                 status = event.type
-                if text_only and not as_json and not out.is_terminal and event.failure is not None:
-                    err.print(f"job {job_id} failed: {event.failure.message} ({event.failure.code})", markup=False)
+                if text_only and not as_json and not out.is_terminal and (why := _why_not(event)):
+                    err.print(f"job {job_id} {why}", markup=False)
     except asyncio.CancelledError:
         err.print(
             f"\nStopped reading; job {job_id} goes on. `deltafan tail {job_id}` returns to it, ", end="", markup=False
@@ -213,6 +191,13 @@ async def _follow(settings: Settings, job_id: str, after: str | None, *, as_json
         err.print(f"`deltafan cancel {job_id}` ends it.", markup=False)
         raise
     return 0 if status == "completed" else EXIT_FAILED
+
+
+def _why_not(event: Event) -> str | None:
+    """Why a job has ended without an answer; None for every other event."""
+    if event.failure is not None:
+        return f"failed: {event.failure.message} ({event.failure.code})"
+    return None if event.cancel_reason is None else f"was cancelled ({event.cancel_reason})"
 
 
 @app.command()
@@ -223,11 +208,11 @@ def result(
     as_json: AsJson = False,
 ) -> None:
     """Wait for a job's end and print the whole answer."""
-    sys.exit(_await(_result(_settings(), job_id, timeout, audio, as_json=as_json)))
+    sys.exit(await_(_result(read_settings(), job_id, timeout, audio, as_json=as_json)))
 
 
 async def _result(settings: Settings, job_id: str, timeout: float | None, audio: Path | None, *, as_json: bool) -> int:
-    async with _consumer(settings) as consumer:
+    async with consumer_of(settings) as consumer:
         try:
             generation = await consumer.result(job_id, timeout=timeout)
         except JobEnded as error:
@@ -247,7 +232,11 @@ def _save_audio(generation: Generation, path: Path) -> int:
     if generation.audio is None:
         err.print("There is no speech in this answer: ask for it with modalities and audio in the body.")
         return EXIT_FAILED
-    path.write_bytes(generation.audio)
+    try:
+        path.write_bytes(generation.audio)
+    except OSError as error:
+        err.print(f"{path} can not be written ({error.strerror})", markup=False)
+        return EXIT_FAILED
     return 0
 
 
@@ -258,7 +247,7 @@ def cancel(
     as_json: AsJson = False,
 ) -> None:
     """End a job, wherever it is."""
-    outcome = _await(_cancel(_settings(), job_id, reason))
+    outcome = await_(_cancel(read_settings(), job_id, reason))
     if as_json:
         print_json({"id": job_id, "outcome": outcome})
     else:
@@ -271,7 +260,7 @@ def cancel(
 
 
 async def _cancel(settings: Settings, job_id: str, reason: str) -> str:
-    async with _producer(settings) as producer:
+    async with producer_of(settings) as producer:
         return await producer.cancel(job_id, reason=reason)
 
 
@@ -281,7 +270,7 @@ def usage(
     as_json: AsJson = False,
 ) -> None:
     """Print the newest records of the usage ledger, one per model call."""
-    records = _await(_usage(_settings(), last))
+    records = await_(_usage(read_settings(), last))
     if as_json:
         for record in records:
             print_json(record.to_json())
@@ -302,7 +291,7 @@ def models(as_json: AsJson = False) -> None:
     """List the models of the catalogue, who serves them and whether the key is there."""
     from deltafan_cli._models import model_rows, models_table
 
-    rows = model_rows(Catalogue.load(_settings().models), os.environ)
+    rows = model_rows(Catalogue.load(read_settings().models), os.environ)
     if as_json:
         for row in rows:
             print_json(row)

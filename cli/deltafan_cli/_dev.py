@@ -14,7 +14,7 @@ from pathlib import Path
 from deltafan_cli._embedded import DEFAULT_PORT, NotInstalled, embedded_valkey
 from deltafan_cli._local_model import MODEL, local_model
 from deltafan_cli._view import err, out
-from deltafan_config import Catalogue, MissingKey, UnknownModel, shipped
+from deltafan_config import Catalogue, CatalogueError, MissingKey, UnknownModel, shipped
 
 _STOP_S = 15.0
 
@@ -54,6 +54,9 @@ def _serve(stack: Stack, model: str) -> None:
     signal.pause()
 
 
+_NOT_OURS = ("DELTAFAN_STREAMS_URL", "DELTAFAN_PREFIX")
+
+
 @contextmanager
 def _stack(model: str) -> Iterator[Stack]:
     with ExitStack() as stack, _signal_as_interrupt():
@@ -63,7 +66,9 @@ def _stack(model: str) -> Iterator[Stack]:
         if model_url is not None:
             out.print(f"local model  {model_url}  (SmolLM2 135M, on this machine's processor)")
         catalogue = stack.enter_context(_catalogue(model_url))
-        env = {**os.environ, "DELTAFAN_REDIS_URL": redis_url, "DELTAFAN_MODELS": str(catalogue)}
+        # What names other servers or keys in this shell is not meant for these.
+        inherited = {name: value for name, value in os.environ.items() if name not in _NOT_OURS}
+        env = {**inherited, "DELTAFAN_REDIS_URL": redis_url, "DELTAFAN_MODELS": str(catalogue)}
         for route in Catalogue.load(catalogue).resolve(model):
             route.provider.api_key(env)
         stack.enter_context(_worker(env))
@@ -78,7 +83,10 @@ def _catalogue(model_url: str | None) -> Iterator[Path]:
     if model_url is None:
         yield source
         return
-    default = Catalogue.load(source).providers["local"].base_url
+    local = Catalogue.load(source).providers.get("local")
+    if local is None:
+        raise CatalogueError(f"{source}: has no provider named local, which the local model's server would stand for")
+    default = local.base_url
     with tempfile.TemporaryDirectory(prefix="deltafan-") as folder:
         path = Path(folder) / "models.toml"
         path.write_text(source.read_text(encoding="utf-8").replace(default, model_url), encoding="utf-8")

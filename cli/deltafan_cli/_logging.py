@@ -30,5 +30,5 @@ def set_up_logging(settings: Settings) -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    if settings.log_level != "debug":
-        logging.getLogger("arq").setLevel(logging.WARNING)
+    # At every level: arq logs the arguments of a job, and these hold the prompt.
+    logging.getLogger("arq").setLevel(logging.WARNING)

@@ -17,6 +17,8 @@ _PIPE_COLUMNS = 250
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+_VOIDING = ("fresh", "restart", "replay")
+"""Modes of an attempt that void what came before."""
 _STYLES = {"reasoning": "dim italic", "content": "", "refusal": "yellow", "tool_call": "cyan"}
 
 
@@ -54,10 +56,12 @@ class EventPrinter:
             sys.stdout.flush()
 
     def _show_text(self, event: Event) -> None:
-        if event.type == "content":
+        if event.type in ("content", "refusal"):
             sys.stdout.write(event.text)
             sys.stdout.flush()
-        elif event.type == "started" and event.started and event.started.mode != "fresh" and self._last_type:
+        elif event.tool_call is not None and event.tool_call.name:
+            err.print(f"The model calls {event.tool_call.name}; `deltafan result` shows with what.", markup=False)
+        elif event.started is not None and event.started.mode in _VOIDING and self._last_type:
             err.print("\nThe answer starts over: what was printed so far is void.")
         elif event.is_terminal:
             sys.stdout.write("\n")
@@ -66,9 +70,8 @@ class EventPrinter:
     def _show_live(self, event: Event) -> None:
         if event.type == "started" and event.started is not None:
             started = event.started
-            again = (
-                f" (attempt {started.attempt_no}, {started.mode}: the text above is void)" if self._last_type else ""
-            )
+            fate = "the text above is void" if started.mode in _VOIDING else "the text above stands"
+            again = f" (attempt {started.attempt_no}, {started.mode}: {fate})" if self._last_type else ""
             out.print(f"{started.model} on {started.provider}{again}", style="bold magenta")
         elif event.type == "tool_call" and event.tool_call is not None:
             name = f"\n{event.tool_call.name}: " if event.tool_call.name else ""
@@ -114,7 +117,9 @@ def usage_line(usage: UsageRecord) -> str:
 def show_result(result: Generation) -> None:
     """A whole answer: on a terminal with its parts, elsewhere only its text."""
     if not out.is_terminal:
-        sys.stdout.write(result.content + "\n")
+        sys.stdout.write((result.content or result.refusal) + "\n")
+        for call in result.tool_calls:
+            sys.stdout.write(f"{call.name}({call.arguments})\n")
         return
     if result.reasoning:
         out.print(escape(result.reasoning), style=_STYLES["reasoning"])

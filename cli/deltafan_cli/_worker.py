@@ -5,24 +5,28 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.process import BaseProcess
 from types import FrameType
+from typing import NoReturn
 
 from deltafan_cli._logging import set_up_logging
 from deltafan_cli._view import err
-from deltafan_config import Settings
+from deltafan_config import Catalogue, Settings
 
 log = logging.getLogger("deltafan.worker")
 
 _SUPERVISE_S = 0.5
+_RESTART_PAUSE_S = 1.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run_workers(settings: Settings, *, burst: bool) -> int:
     """Run as many worker processes as the settings say, until they are told to stop. Returns the exit code."""
+    Catalogue.load(settings.models)  # what is wrong with it is said once, not by each process
     if settings.processes == 1:
         _run_one(settings, burst)
         return 0
@@ -31,8 +35,10 @@ def run_workers(settings: Settings, *, burst: bool) -> int:
 
 def check_worker(settings: Settings) -> int:
     """0 when a worker of this host is alive, else 1."""
-    from deltafan_worker.main import is_healthy
-
+    try:
+        from deltafan_worker.main import is_healthy
+    except ModuleNotFoundError as error:
+        _fail_without(error)
     if asyncio.run(is_healthy(settings)):
         return 0
     err.print("no worker of this host has shown itself within the last seconds")
@@ -44,8 +50,18 @@ def _run_one(settings: Settings, burst: bool) -> None:
     try:
         from deltafan_worker.main import run_worker
     except ModuleNotFoundError as error:
-        sys.exit(f"The worker needs its extra ({error.name} is missing): pip install 'deltafan[worker]'")
+        _fail_without(error)
     run_worker(settings, os.environ, burst=burst)
+
+
+def _run_child(settings: Settings, burst: bool) -> None:
+    # A session of its own: Ctrl-C reaches the supervisor only, which passes it on, once.
+    os.setsid()
+    _run_one(settings, burst)
+
+
+def _fail_without(error: ModuleNotFoundError) -> NoReturn:
+    sys.exit(f"The worker needs its extra ({error.name} is missing): pip install 'deltafan[worker]'")
 
 
 class _Supervisor:
@@ -70,7 +86,7 @@ class _Supervisor:
         return max((abs(child.exitcode or 0) for child in self._children), default=0) and 1
 
     def _start(self) -> BaseProcess:
-        child = self._context.Process(target=_run_one, args=(self._settings, self._burst), name="deltafan-worker")
+        child = self._context.Process(target=_run_child, args=(self._settings, self._burst), name="deltafan-worker")
         # Inherited: what reaches a child before it listens waits until it does, and neither kills it nor is lost.
         # The tracker first: when multiprocessing starts it, it lifts the block again.
         resource_tracker.ensure_running()
@@ -85,13 +101,14 @@ class _Supervisor:
         for index, child in enumerate(self._children):
             if child.exitcode not in (None, 0) and not self._stopping:
                 log.error("worker process %s died (exit code %s); starting another", child.pid, child.exitcode)
+                # One that dies as it starts would die again at once.
+                time.sleep(_RESTART_PAUSE_S)
                 self._children[index] = self._start()
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._stopping = True
         for child in self._children:
-            # Ctrl-C has reached the children already: they belong to the same terminal.
-            if child.is_alive() and child.pid is not None and number != signal.SIGINT:
+            if child.is_alive() and child.pid is not None:
                 os.kill(child.pid, number)
 
 

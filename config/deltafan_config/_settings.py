@@ -94,7 +94,7 @@ class Settings(BaseModel):
     replicas: Annotated[int, Field(ge=0, le=16)] = 0
     """Replicas that must have a submit or a cancel before it is acknowledged, and a job's end before the queue is told
     (WAIT); 0: none. Never detected, since a replica that is down must not lower the promise."""
-    replicas_timeout_ms: Annotated[int, Field(ge=1, le=60_000)] = 500
+    replicas_timeout_ms: Annotated[int, Field(ge=1, le=8_000)] = 500
     """How long a worker waits for them; after that it warns and goes on. Without effect while replicas is 0."""
     sweep_interval_s: Annotated[float, Field(ge=2, le=3600)] = 60.0
     """How often one of the workers looks for jobs that a crash between two servers left to nobody. Such a job is given

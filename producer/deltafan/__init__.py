@@ -27,6 +27,7 @@ from deltafan._events import Event, Failure
 from deltafan._fold import Fold, Generation, ToolCall, fold
 from deltafan._position import Position
 from deltafan._producer import Job, Producer
+from deltafan._request import check_request
 from deltafan._retention import Retention
 from deltafan._usage import UsageRecord
 
@@ -56,5 +57,6 @@ __all__ = [
     "ToolCall",
     "TurnEvent",
     "UsageRecord",
+    "check_request",
     "fold",
 ]

@@ -13,6 +13,7 @@ from deltafan._resp import (
     Reply,
     RespConnection,
     ServerError,
+    is_passing,
     open_connection,
     pack,
     raise_error,
@@ -24,8 +25,6 @@ ScriptCall: TypeAlias = tuple[Sequence[str], Sequence[Argument]]
 """Keys and arguments of one call of a script."""
 
 _RETRY_PAUSE_S = 0.05
-_PASSING = ("LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN")
-"""Refusals of a server that is starting or being replaced: the next connection may find it, or its successor, ready."""
 
 
 class RedisClient:
@@ -59,17 +58,20 @@ class RedisClient:
         """Run a script. One round trip."""
         return await self._repeat(lambda connection: connection.run(script, keys, args))
 
-    async def run_many(self, script: Script, calls: Sequence[ScriptCall]) -> list[Reply]:
-        """Run a script for each of `calls`. One round trip, or three when the server does not have the script yet."""
-        return await self._repeat(lambda connection: _run_many(connection, script, calls))
+    async def run_many(self, script: Script, calls: Sequence[ScriptCall], *more: bytes) -> list[Reply]:
+        """Run a script for each of `calls`, and packed commands behind them on the same connection.
+
+        One round trip, or three when the server does not have the script yet.
+        """
+        return await self._repeat(lambda connection: _run_many(connection, script, calls, more))
 
     async def call(self, *args: Argument) -> Reply:
         """Run one command. One round trip."""
         return await self._repeat(lambda connection: connection.call(*args))
 
     async def pipeline(self, commands: Sequence[bytes]) -> list[Reply]:
-        """Run packed commands in one round trip; ServerError instances are among the replies."""
-        return await self._repeat(lambda connection: connection.pipeline(commands))
+        """Run packed commands in one round trip; all of them again when one is refused for the moment."""
+        return await self._repeat(lambda connection: _pipeline(connection, commands))
 
     async def _repeat(self, send: Callable[[RespConnection], Awaitable[T]]) -> T:
         try:
@@ -81,7 +83,7 @@ class RedisClient:
                     except ConnectionLost:
                         await asyncio.sleep(_RETRY_PAUSE_S)
                     except ServerError as error:
-                        if not str(error).startswith(_PASSING):
+                        if not is_passing(error):
                             raise
                         connection.close()
                         await asyncio.sleep(_RETRY_PAUSE_S)
@@ -108,8 +110,14 @@ class RedisClient:
             self._connection.close()
 
 
-async def _run_many(connection: RespConnection, script: Script, calls: Sequence[ScriptCall]) -> list[Reply]:
-    commands = [pack("EVALSHA", script.sha, len(keys), *keys, *args) for keys, args in calls]
+async def _pipeline(connection: RespConnection, commands: Sequence[bytes]) -> list[Reply]:
+    return [raise_error(reply) for reply in await connection.pipeline(commands)]
+
+
+async def _run_many(
+    connection: RespConnection, script: Script, calls: Sequence[ScriptCall], more: Sequence[bytes]
+) -> list[Reply]:
+    commands = [*(pack("EVALSHA", script.sha, len(keys), *keys, *args) for keys, args in calls), *more]
     replies = await connection.pipeline(commands)
     if any(isinstance(reply, ServerError) and str(reply).startswith("NOSCRIPT") for reply in replies):
         await connection.call("SCRIPT", "LOAD", script.source)

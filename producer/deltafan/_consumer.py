@@ -122,10 +122,9 @@ class Consumer:
             (page,) = await self._hub.ask(
                 pack("XRANGE", self._keys.events(job_id), follower.range_start, "+", "COUNT", PAGE)
             )
-            before = follower.cursor
             for event in follower.take(cast(list[RawEntry], page)):
                 folding.add(event)
-            if len(page) < PAGE or follower.cursor == before:
+            if len(page) < PAGE:
                 break
         if follower.cursor is not None:
             return folding.generation()
@@ -178,6 +177,7 @@ class _Watch:
     def __init__(self, *, any_ring: bool = False) -> None:
         self._event = asyncio.Event()
         self._any_ring = any_ring
+        self._failure: Exception | None = None
 
     def on_bell(self, status: bytes) -> None:
         if status or self._any_ring:
@@ -186,6 +186,12 @@ class _Watch:
     def on_sweep(self) -> None:
         self._event.set()
 
+    def on_failure(self, error: Exception) -> None:
+        self._failure = error
+        self._event.set()
+
     async def changed(self) -> None:
         await self._event.wait()
         self._event.clear()
+        if self._failure is not None:
+            raise self._failure

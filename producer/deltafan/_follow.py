@@ -26,11 +26,22 @@ class Follower:
         self.cursor = after
         self.ended = False
         """Whether the terminal event has been delivered."""
+        self._beyond: Position | None = None
+        """Behind a hole: how far the stream has been looked through for a new start."""
 
     @property
     def range_start(self) -> str:
         """Where to read on: the lower bound for XRANGE."""
-        return "-" if self.cursor is None else f"({self.cursor}"
+        at = self._beyond or self.cursor
+        return "-" if at is None else f"({at}"
+
+    def look_again(self) -> None:
+        """Read on from the cursor: a failover may have taken a hole away together with what lay behind it."""
+        self._beyond = None
+
+    def follow(self, other: "Follower") -> None:
+        """Stand where another stands that has read the same entries."""
+        self.cursor, self.ended, self._beyond = other.cursor, other.ended, other._beyond  # noqa: SLF001  its own kind
 
     def take(self, entries: Sequence[RawEntry]) -> list[Event]:
         """Move over `entries`, in stream order, and return the events among them.
@@ -40,7 +51,7 @@ class Follower:
         """
         events: list[Event] = []
         attempt, seq = self.cursor or (0, -1)
-        hole = False
+        hole = self._beyond is not None
         for raw_id, fields in entries:
             if not hole and raw_id == b"%d-%d" % (attempt, seq + 1):  # nearly every entry: no need to read its id
                 entry = Position(attempt, seq + 1)
@@ -60,6 +71,8 @@ class Follower:
                 self.ended = kind in TERMINAL_TYPES
         if seq >= 0:
             self.cursor = Position(attempt, seq)
+        if entries:
+            self._beyond = Position.parse(entries[-1][0]) if hole else None
         return events
 
 

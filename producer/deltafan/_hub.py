@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from deltafan._resp import (
     RespConnection,
     ServerError,
     ignore,
+    is_passing,
     open_connection,
     pack,
     raise_error,
@@ -47,13 +48,25 @@ class Listener(Protocol):
     def on_sweep(self) -> None:
         """Time to look for anything that was missed: every few seconds, and after every reconnect."""
 
+    def on_failure(self, error: Exception, /) -> None:
+        """There will be no more bells and no more sweeps."""
+
 
 class _Channel:
     """Who listens to one channel, and how often; whether the server has confirmed the subscription."""
 
     def __init__(self) -> None:
         self.listeners: Counter[Listener] = Counter()
-        self.confirmed = asyncio.Event()
+        self.confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def confirm(self, error: Exception | None = None) -> None:
+        """The server has answered the subscription."""
+        if not self.confirmed.done():
+            if error is None:
+                self.confirmed.set_result(None)
+            else:
+                self.confirmed.set_exception(error)
+                self.confirmed.exception()  # seen: perhaps nobody waits for it any more
 
 
 class Hub:
@@ -67,6 +80,12 @@ class Hub:
         self._unanswered = 0
         self._round_scheduled = False
         self._on_pong: Handler = ignore
+        self._failure: Exception | None = None
+
+    @property
+    def shown_url(self) -> str:
+        """The server, for messages."""
+        return masked_url(self._url)
 
     async def open(self) -> None:
         """Open both connections and subscribe to what is listened to.
@@ -74,14 +93,14 @@ class Hub:
         Raises:
             RedisUnavailable: the server can not be reached.
         """
-        self._bells = await open_connection(self._url, timeout_s=self._connect_timeout_s, name="deltafan-bells")
+        bells = await open_connection(self._url, timeout_s=self._connect_timeout_s, name="deltafan-bells")
         try:
-            self._reads = await open_connection(self._url, timeout_s=self._connect_timeout_s, name="deltafan-reads")
+            reads = await open_connection(self._url, timeout_s=self._connect_timeout_s, name="deltafan-reads")
         except BaseException:
-            self._bells.close()
+            bells.close()
             raise
-        self._unanswered = 0
-        self._bells.listen(self._on_push)
+        bells.listen(self._on_push)
+        self._bells, self._reads, self._unanswered = bells, reads, 0
         if self._channels:
             self._bells.send(pack("SUBSCRIBE", *self._channels), ())
 
@@ -90,12 +109,25 @@ class Hub:
         self._bells.close()
         self._reads.close()
 
+    def fail(self, error: Exception) -> None:
+        """Tell everybody who reads or waits that nothing more will come."""
+        self._failure = error
+        for channel in tuple(self._channels.values()):
+            channel.confirm(error)
+            for listener in tuple(channel.listeners):
+                listener.on_failure(error)
+        requests, self._requests = self._requests, []
+        for _, _, handler in requests:
+            handler(None)
+
     @asynccontextmanager
     async def listening(self, name: str, listener: Listener) -> AsyncIterator[None]:
         """Deliver a channel's bells to `listener` within the block; every bell rung after entering is delivered.
 
         A listener may enter for the same channel several times; it is told of each bell once.
         """
+        if self._failure is not None:
+            raise self._failure
         key = name.encode()
         channel = self._channels.get(key)
         if channel is None:
@@ -103,7 +135,7 @@ class Hub:
             self._bells.send(pack("SUBSCRIBE", key), ())
         channel.listeners[listener] += 1
         try:
-            await channel.confirmed.wait()
+            await asyncio.shield(channel.confirmed)
             yield
         finally:
             channel.listeners[listener] -= 1
@@ -129,12 +161,14 @@ class Hub:
         """
         try:
             async with asyncio.timeout(PATIENCE_S):
-                while True:
+                while self._failure is None:
                     future: asyncio.Future[list[Reply] | None] = asyncio.get_running_loop().create_future()
                     self.read(commands, partial(_settle, future))
-                    if (replies := await future) is not None:
+                    replies = await future
+                    if replies is not None and not any(_is_passing(reply) for reply in replies):
                         return [raise_error(reply) for reply in replies]
                     await asyncio.sleep(_REOPEN_PAUSE_S)
+                raise self._failure
         except TimeoutError:
             raise RedisUnavailable(masked_url(self._url), f"no answer within {PATIENCE_S:g} s") from None
         except ServerError as error:
@@ -142,6 +176,14 @@ class Hub:
 
     async def keep_open(self) -> None:
         """Sweep, and reopen the connections when they break; runs until it is cancelled."""
+        try:
+            await self._keep_open()
+        except Exception as error:
+            log.exception("the reader of Redis at %s has failed", self.shown_url)
+            self.fail(error)
+            raise
+
+    async def _keep_open(self) -> None:
         while True:
             await self._sweep_until_lost()
             self.close()
@@ -164,11 +206,16 @@ class Hub:
             self._sweep()
 
     async def _reopen(self) -> None:
+        said = ""
         while True:
-            with suppress(RedisUnavailable):
+            await asyncio.sleep(_REOPEN_PAUSE_S)
+            try:
                 await self.open()
                 break
-            await asyncio.sleep(_REOPEN_PAUSE_S)
+            except RedisUnavailable as error:
+                if str(error) != said:
+                    log.warning("%s; readers wait for it", error)
+                said = str(error)
         self._sweep()
 
     def _sweep(self) -> None:
@@ -177,6 +224,11 @@ class Hub:
                 listener.on_sweep()
 
     def _on_push(self, reply: Reply) -> None:
+        if isinstance(reply, ServerError):  # only a subscription can be refused
+            error = RedisUnavailable(self.shown_url, f"it refused SUBSCRIBE ({reply}); readers need their channels")
+            for asked in self._channels.values():
+                asked.confirm(error)
+            return
         if not isinstance(reply, list) or len(reply) != 3:  # the answer to a PING, in one form or the other
             self._on_pong(reply)
             return
@@ -188,7 +240,7 @@ class Hub:
             for listener in tuple(channel.listeners):
                 listener.on_bell(payload)
         elif kind == b"subscribe":
-            channel.confirmed.set()
+            channel.confirm()
 
     def _start_round(self) -> None:
         self._round_scheduled = False
@@ -214,6 +266,10 @@ class Hub:
         return [collect] * count
 
 
+def _is_passing(reply: Reply) -> bool:
+    return isinstance(reply, ServerError) and is_passing(reply)
+
+
 def _note(answers: set[RespConnection], connection: RespConnection, _reply: Reply) -> None:
     answers.add(connection)
 
@@ -236,4 +292,5 @@ async def open_hub(url: str, *, connect_timeout_s: float) -> AsyncIterator[Hub]:
         async with background(hub.keep_open(), "deltafan-hub"):
             yield hub
     finally:
+        hub.fail(RuntimeError("this consumer is closed: use it inside its `async with` block"))
         hub.close()

@@ -67,6 +67,15 @@ class Keys:
         """String: while it lives, nobody calls this model of this provider, which has asked for less."""
         return f"{self.prefix}:cooldown:{provider}/{model}"
 
+    def batch(self, batch_id: str) -> str:
+        """Hash: how far a batch is."""
+        return f"{self.prefix}:batch:{batch_id}"
+
+    @property
+    def batches(self) -> str:
+        """Sorted set: ids of batches by the unix time when they were last heard of."""
+        return f"{self.prefix}:batches"
+
     @property
     def workers(self) -> str:
         """Start of the keys by which workers show that they are alive."""

@@ -23,12 +23,15 @@ class Position(NamedTuple):
         """Read what `str(position)` or Redis gave.
 
         Raises:
-            InvalidPosition: not two non-negative integers joined by one hyphen.
+            InvalidPosition: not two non-negative integers of 64 bits joined by one hyphen.
         """
         if isinstance(text, Position):
             return text
         raw = text.decode("ascii", "replace") if isinstance(text, bytes) else text
         attempt, hyphen, seq = raw.partition("-")
         if not (hyphen and attempt.isascii() and attempt.isdigit() and seq.isascii() and seq.isdigit()):
+            raise InvalidPosition(raw)
+        # Redis keeps both as unsigned 64 bit; the length first, since int() itself refuses what is absurdly long.
+        if max(len(attempt), len(seq)) > 20 or max(int(attempt), int(seq)) >= 1 << 64:
             raise InvalidPosition(raw)
         return cls(int(attempt), int(seq))

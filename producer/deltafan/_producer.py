@@ -17,10 +17,10 @@ from deltafan._client import RedisClient, ScriptCall
 from deltafan._errors import InvalidRequest, JobConflict, JobNotFound, QueueFull, RedisUnavailable
 from deltafan._fold import Generation
 from deltafan._keys import ARQ_IN_PROGRESS, ARQ_JOB, ARQ_RESULT, Keys
-from deltafan._lua import load
+from deltafan._lua import Script, load
 from deltafan._messages import declares_tools, next_turn
 from deltafan._request import MAX_BODY_BYTES, JobRequest, check_job_id, inherited, job_record, parse_request
-from deltafan._resp import Reply, pack
+from deltafan._resp import Reply, pack, raise_error
 from deltafan._retention import Retention
 from deltafan._url import masked_url
 
@@ -189,10 +189,13 @@ class Producer:
                     jobs += await sent.popleft()
             while sent:
                 jobs += await sent.popleft()
+        except Exception:
+            # What is under way is not torn apart: it could fall between the two writes of a submit.
+            await asyncio.gather(*sent, return_exceptions=True)
+            raise
         finally:
             for task in sent:
                 task.cancel()
-            await asyncio.gather(*sent, return_exceptions=True)
         return jobs
 
     async def submit_tool_results(
@@ -243,17 +246,53 @@ class Producer:
         """
         check_job_id(job_id)
         retention = self._retention
-        answer = await self._streams.run(
-            load("cancel"), self._keys.job(job_id), (reason[:512], retention.live_ms, *retention.ended_ms)
-        )
+        args = (reason[:512], retention.live_ms, *retention.ended_ms)
+        (answer,) = await self._run_durably(self._streams, load("cancel"), [(self._keys.job(job_id), args)])
         match answer[0]:
             case b"UNKNOWN":
                 raise JobNotFound(job_id)
             case b"ENDED":
                 return "ended"
-        await self._wait(self._streams)
         await self._streams.call("PUBLISH", self._keys.cancels, job_id)
         return "cancelled" if answer[0] == b"CANCELLED" else "requested"
+
+    async def report_batch(self, batch_id: str, progress: Mapping[str, Any]) -> bool:
+        """Let other machines see how far a batch is (`batches`). Returns whether its end was asked for."""
+        key, now_s = self._keys.batch(check_job_id(batch_id)), time.time()
+        flat = [part for item in progress.items() for part in item]
+        replies = await self._queue.pipeline(
+            [
+                pack("HSET", key, "heard_s", round(now_s, 3), *flat),
+                pack("PEXPIRE", key, self._retention.state_ms),
+                pack("ZADD", self._keys.batches, now_s, batch_id),
+                pack("ZREMRANGEBYSCORE", self._keys.batches, "-inf", now_s - self._retention.state_ms / 1000),
+                pack("PEXPIRE", self._keys.batches, self._retention.state_ms),
+                pack("HEXISTS", key, "cancel"),
+            ]
+        )
+        return bool(raise_error(replies[-1]))
+
+    async def cancel_batch(self, batch_id: str) -> None:
+        """Ask for a batch's end: its runner submits no more, and cancels what is in flight.
+
+        Raises:
+            JobNotFound: nothing is known of the batch.
+        """
+        key = self._keys.batch(check_job_id(batch_id))
+        known, _ = await self._queue.pipeline([pack("EXISTS", key), pack("HSETNX", key, "cancel", 1)])
+        if not known:
+            await self._queue.call("DEL", key)
+            raise JobNotFound(batch_id)
+
+    async def batches(self) -> dict[str, dict[str, str]]:
+        """What is known of each batch, the one last heard of first."""
+        ids = [raw.decode() for raw in await self._queue.call("ZREVRANGE", self._keys.batches, 0, 999)]
+        found = await self._queue.pipeline([pack("HGETALL", self._keys.batch(id_)) for id_ in ids])
+        return {
+            id_: {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
+            for id_, flat in zip(ids, found, strict=True)
+            if flat
+        }
 
     def _check(self, fields: Mapping[str, Any]) -> _Submission:
         given = dict(fields)
@@ -276,8 +315,7 @@ class Producer:
             self._submit_call(submission, ticket, ring=together and index < RINGS)
             for index, submission in enumerate(submissions)
         ]
-        answers = await self._streams.run_many(load("submit", using=("common", "enqueue")), calls)
-        await self._wait(self._streams)
+        answers = await self._run_durably(self._streams, load("submit", using=("common", "enqueue")), calls)
         if not together:
             answers = await self._enqueue(submissions, answers, ticket)
         return [self._job(submission, answer) for submission, answer in zip(submissions, answers, strict=True)]
@@ -299,8 +337,7 @@ class Producer:
             keys, args = self._enqueue_call(submission, ring=index < RINGS)
             limit = self._max_queued if answer[0] == b"NEW" and self._max_queued is not None else ""
             calls.append((keys, (*args, limit)))
-        replies = await self._queue.run_many(load("enqueue_only", using=("enqueue",)), calls)
-        await self._wait(self._queue)
+        replies = await self._run_durably(self._queue, load("enqueue_only", using=("enqueue",)), calls)
         pairs = zip(open_ones, replies, strict=True)
         refused = {submission.id: reply for (submission, _), reply in pairs if reply[0] == b"FULL"}
         if refused:
@@ -310,7 +347,8 @@ class Producer:
 
     def _keep_request(self, submission: _Submission) -> bytes:
         """As long as its result may be there; NX, since under an id that is taken this request is refused."""
-        lifetime_ms = self._retention.live_ms + self._retention.state_ms
+        retention = self._retention.with_ttl(submission.request.ttl)
+        lifetime_ms = retention.live_ms + retention.state_ms
         fields = inherited(submission.request)
         return pack("SET", self._keys.request(submission.id), orjson.dumps(fields), "NX", "PX", lifetime_ms)
 
@@ -328,14 +366,17 @@ class Producer:
             raise QueueFull(submission.id, submission.request.lane, status, self._max_queued or 0)
         return Job(submission.id, created=verdict == b"NEW", status=status.decode())
 
-    async def _wait(self, client: RedisClient) -> None:
-        if self._replicas == 0:
-            return
-        heard = await client.call("WAIT", self._replicas, self._replicas_timeout_ms)
+    async def _run_durably(self, client: RedisClient, script: Script, calls: Sequence[ScriptCall]) -> list[Reply]:
+        """Run a script for each call, and on the same connection wait until the replicas have what it wrote."""
+        if self._replicas == 0 or not calls:
+            return await client.run_many(script, calls) if calls else []
+        wait = pack("WAIT", self._replicas, self._replicas_timeout_ms)
+        *answers, heard = await client.run_many(script, calls, wait)
         if heard < self._replicas:
             within = f"within {self._replicas_timeout_ms} ms"
             why = f"only {heard} of {self._replicas} replicas had the write {within}; repeat the call"
             raise RedisUnavailable(masked_url(client.url), why)
+        return answers
 
 
 def _is_open(answer: Reply) -> bool:

@@ -8,7 +8,16 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 import orjson
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from deltafan._errors import InvalidRequest
 from deltafan._keys import FUNCTION
@@ -32,6 +41,12 @@ def _check_metadata(metadata: dict[str, str]) -> dict[str, str]:
     if len(metadata) > 16 or any(len(name) > 64 or len(value) > 512 for name, value in metadata.items()):
         raise ValueError("at most 16 entries, names up to 64 and values up to 512 characters")
     return metadata
+
+
+def _no_number(deadline: object) -> object:
+    if isinstance(deadline, (int, float)):
+        raise ValueError("a number is no moment; pass a timedelta from now, or an aware datetime")
+    return deadline
 
 
 class Timeouts(BaseModel):
@@ -60,7 +75,7 @@ class JobRequest(BaseModel):
     tenant: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     metadata: Annotated[dict[str, str], AfterValidator(_check_metadata)] = Field(default_factory=dict)
     """Carried along for the caller, shown nowhere else."""
-    deadline: datetime | None = None
+    deadline: Annotated[AwareDatetime, BeforeValidator(_no_number)] | None = None
     """After this moment the job fails with `deadline_exceeded`, wherever it is."""
     on_interrupt: OnInterrupt = "restart"
     """What happens when an answer breaks off in the middle: generate it again from the start, go on where it broke
@@ -142,14 +157,23 @@ def parse_request(fields: Mapping[str, Any], *, max_body_bytes: int = MAX_BODY_B
     return request
 
 
+def check_request(**fields: Any) -> None:
+    """Check the arguments of a submit without submitting: nothing is sent.
+
+    Raises:
+        InvalidRequest: which one is wrong and why.
+    """
+    parse_request(fields)
+
+
 def check_job_id(job_id: str) -> str:
     """Give a usable id back.
 
     Raises:
         InvalidRequest: it has characters that a key can not hold, or is too long.
     """
-    if _JOB_ID.fullmatch(job_id) is None:
-        raise InvalidRequest("job_id", f"{job_id[:80]!r} is not 1 to 64 of A-Z, a-z, 0-9, _ and -")
+    if not isinstance(job_id, str) or _JOB_ID.fullmatch(job_id) is None:
+        raise InvalidRequest("job_id", f"{str(job_id)[:80]!r} is not 1 to 64 of A-Z, a-z, 0-9, _ and -")
     return job_id
 
 

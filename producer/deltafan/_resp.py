@@ -19,7 +19,7 @@ from redis.exceptions import AuthenticationError, RedisError
 
 from deltafan._errors import RedisUnavailable
 from deltafan._lua import Script
-from deltafan._url import masked_url
+from deltafan._url import UNREADABLE, masked_url
 
 Reply: TypeAlias = Any
 """bytes, int, None or a list of replies. A handler may also get a ServerError or a ConnectionLost."""
@@ -31,6 +31,14 @@ _INCOMPLETE = object()
 
 class ServerError(Exception):
     """The server's error reply to one command."""
+
+
+_PASSING = ("LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN")
+
+
+def is_passing(error: ServerError) -> bool:
+    """Whether a server refuses that is starting or being replaced: it, or its successor, may be ready soon."""
+    return str(error).startswith(_PASSING)
 
 
 class ConnectionLost(Exception):
@@ -169,7 +177,9 @@ async def open_connection(url: str, *, timeout_s: float, name: str = "deltafan")
             await opened.connect()
     except (RedisError, OSError, ValueError, RuntimeError) as error:  # the last: uvloop, of a transport cut meanwhile
         await _discard(opened)
-        raise RedisUnavailable(masked_url(url), _explain(error)) from error
+        raise RedisUnavailable(masked_url(url), _explain(url, error)) from (
+            None if masked_url(url) == UNREADABLE else error
+        )
     except BaseException:
         await _discard(opened)
         raise
@@ -198,7 +208,9 @@ async def _discard(opened: AbstractConnection | None) -> None:
         await opened.disconnect(nowait=True)
 
 
-def _explain(error: Exception) -> str:
+def _explain(url: str, error: Exception) -> str:
+    if masked_url(url) == UNREADABLE:  # its own words would quote parts of the password
+        return "this is no URL of a server; percent-encode what its password holds of /, ?, # and @"
     if isinstance(error, AuthenticationError):
         return f"it refused the credentials ({error})"
     if isinstance(error, TimeoutError):

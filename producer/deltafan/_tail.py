@@ -2,18 +2,18 @@
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Self, cast
 
-from deltafan._errors import DeltafanError, JobNotFound, RedisUnavailable, StreamExpired
+from deltafan._errors import JobNotFound, ProtocolError, RedisUnavailable, StreamExpired
 from deltafan._events import TERMINAL_TYPES, Event
 from deltafan._follow import Follower, RawEntry
 from deltafan._hub import Hub
 from deltafan._keys import ARQ_JOB, Keys
 from deltafan._position import Position
-from deltafan._resp import Reply, ServerError, pack
+from deltafan._resp import Reply, ServerError, is_passing, pack
 
 PAGE = 1000
 """Entries per read: one round trip for any answer of ordinary length, and the measure of what a slow reader holds."""
@@ -33,7 +33,7 @@ class Tail:
         self.unread = True
         self.reading = False
         self._events: deque[Event] = deque()
-        self._error: DeltafanError | None = None
+        self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -80,10 +80,11 @@ class Tail:
         self.follower.ended = True
         self._wake()
 
-    def fail(self, error: DeltafanError) -> None:
-        """Raise `error` to the reader once it has seen everything delivered."""
-        self._error = error
-        self._wake()
+    def fail(self, error: Exception) -> None:
+        """Raise `error` to the reader behind all that was delivered; one that has the end needs to hear of nothing."""
+        if not self.follower.ended:
+            self._error = error
+            self._wake()
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -112,6 +113,10 @@ class Feed:
             tail.unread = True
         self.pump()
 
+    def on_failure(self, error: Exception) -> None:
+        """Listener: the hub has ended."""
+        self._fail(self.tails, error)
+
     def on_sweep(self) -> None:
         """Listener: look at the stream's top and at what is left of the job."""
         commands = (
@@ -139,13 +144,21 @@ class Feed:
         if replies is None:
             return  # the sweep after the reconnect reads again
         if isinstance(replies[0], ServerError):
-            self._fail_all(RedisUnavailable(self._job_id, f"its stream can not be read ({replies[0]})"))
+            if is_passing(replies[0]):  # the next sweep reads again
+                for tail in group:
+                    tail.unread = True
+            else:
+                self._fail(group, RedisUnavailable(self._hub.shown_url, f"it refused to read a stream ({replies[0]})"))
             return
         entries = cast(Sequence[RawEntry], replies[0])
         leader = group[0].follower
-        events = leader.take(entries)
+        try:
+            events = leader.take(entries)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            self._fail(group, ProtocolError(f"job {self._job_id} has an entry that is not ours to read: {error!r}"))
+            return
         for tail in group:
-            tail.follower.cursor, tail.follower.ended = leader.cursor, leader.ended
+            tail.follower.follow(leader)
             tail.unread = tail.unread or len(entries) == PAGE
             tail.deliver(events)
         self.pump()
@@ -157,19 +170,21 @@ class Feed:
         if entries:
             top, has_ended = Position.parse(entries[0][0]), entries[0][1][1].decode() in TERMINAL_TYPES
             for tail in self.tails:
+                tail.follower.look_again()
                 if has_ended and tail.follower.cursor is not None and tail.follower.cursor >= top:
                     tail.end()
                 tail.unread = tail.unread or tail.follower.cursor is None or top > tail.follower.cursor
             self.pump()
         elif has_result or (status is not None and status.decode() in TERMINAL_TYPES):
-            self._fail_all(StreamExpired(self._job_id, result_available=bool(has_result)))
+            self._fail(self.tails, StreamExpired(self._job_id, result_available=bool(has_result)))
         elif status is None and not is_queued:
             for tail in self.tails:
                 unseen = tail.follower.cursor is None
                 tail.fail(JobNotFound(self._job_id) if unseen else StreamExpired(self._job_id, result_available=False))
 
-    def _fail_all(self, error: DeltafanError) -> None:
-        for tail in self.tails:
+    @staticmethod
+    def _fail(tails: Iterable[Tail], error: Exception) -> None:
+        for tail in tails:
             tail.fail(error)
 
 
@@ -195,5 +210,6 @@ class Feeds:
                 yield tail
         finally:
             feed.tails.discard(tail)
+            tail.fail(RuntimeError("this tail is closed: read it inside its `async with` block"))
             if not feed.tails and self._feeds.get(job_id) is feed:
                 del self._feeds[job_id]

@@ -3,7 +3,7 @@
 import re
 from urllib.parse import unquote, urlsplit
 
-_UNREADABLE = "<unreadable URL>"
+UNREADABLE = "<unreadable URL>"
 _SECRET_OPTION = re.compile("pass|user", re.IGNORECASE)
 
 
@@ -16,10 +16,10 @@ def masked_url(url: str) -> str:
         parts = urlsplit(url)
         _ = parts.port  # raises when an unescaped "/", "?" or "#" in the password has ended the host too early
     except ValueError:
-        return _UNREADABLE
+        return UNREADABLE
     is_url = parts.scheme and url.lower().startswith(f"{parts.scheme}://")
     if not is_url or "@" in parts.path + parts.query + parts.fragment:
-        return _UNREADABLE
+        return UNREADABLE
     credentials, at, host = parts.netloc.rpartition("@")
     user, colon, _ = credentials.partition(":")
     query = "***" if _SECRET_OPTION.search(unquote(parts.query)) else parts.query

@@ -232,10 +232,10 @@ async def test_a_refused_job_that_another_submits_meanwhile_is_the_others(
         await producer.submit_many([{"model": "m", "messages": HI}] * 3)
         run_many = producer._streams.run_many
 
-        async def interrupted(script: Script, calls: Sequence[ScriptCall]) -> list[Any]:
+        async def interrupted(script: Script, calls: Sequence[ScriptCall], *more: bytes) -> list[Any]:
             if script.name == "withdraw":
                 await other.submit(model="m", messages=HI, job_id="j")
-            return await run_many(script, calls)
+            return await run_many(script, calls, *more)
 
         producer._streams.run_many = interrupted  # type: ignore[method-assign]
         with pytest.raises(QueueFull):

@@ -74,10 +74,9 @@ async def _read_broken(publisher: Publisher, events_key: str) -> Broken | None:
     follower, folding = Follower(), Fold()
     while True:
         page = await publisher.ask("XRANGE", events_key, follower.range_start, "+", "COUNT", _PAGE)
-        before = follower.cursor
         for event in follower.take(cast(list[RawEntry], page)):
             folding.add(event)
-        if len(page) < _PAGE or follower.cursor == before:
+        if len(page) < _PAGE:
             break
     deltas = folding.deltas
     return Broken(follower.cursor, deltas) if follower.cursor is not None and deltas else None

@@ -3,7 +3,10 @@
 -- {'REQUESTED'} its worker will end it.  The last two promise that the job will not end `completed`.
 local state = redis.call('HMGET', STATE, 'status', 'attempt')
 local status = ended(state[1])
-if status then return { 'ENDED', status } end
+if status then
+  touch()
+  return { 'ENDED', status }
+end
 if not state[1] then return { 'UNKNOWN' } end
 if state[1] == 'queued' then
   close_cancelled(ARGV[1], tonumber(state[2] or 0), { ARGV[3], ARGV[4], ARGV[5] })

@@ -51,6 +51,12 @@ local function keep_ended(ttls)
   redis.call('PEXPIRE', STATE, ttls[3])
 end
 
+-- A write that changes nothing, for answers that would make none: or a WAIT behind them would wait for nothing.
+local function touch()
+  local left = redis.call('PTTL', STATE)
+  if left > 0 then redis.call('PEXPIRE', STATE, left) end
+end
+
 -- Usage notes of all model calls of the job: {call, record, call, record, …}
 local function notes()
   local fields, out = redis.call('HGETALL', STATE), {}

@@ -11,6 +11,7 @@ local function submit()
   if status then
     if state[2] and state[2] ~= ARGV[1] then return { 'CONFLICT', status } end
     redis.call('HDEL', STATE, 'ticket')
+    touch()
     return { 'EXISTS', status }
   end
   if #KEYS > 3 and ARGV[5] ~= '' and redis.call('EXISTS', KEYS[4], KEYS[5]) == 0 then

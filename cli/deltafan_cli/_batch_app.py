@@ -1,0 +1,91 @@
+"""The commands of `deltafan batch`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deltafan_cli._commands import AsJson, await_, consumer_of, producer_of, read_settings
+from deltafan_config import Settings
+
+batch_app = typer.Typer(no_args_is_help=True, help="Many prompts from a file, through the batch lane.")
+
+
+@batch_app.command("run")
+def batch_run(
+    source: Annotated[str, typer.Option("--input", "-i", help="JSON Lines, .gz too; - reads standard input.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Answers, appended as they come; - for standard output.")
+    ],
+    errors: Annotated[Path | None, typer.Option(help="Failed rows; OUTPUT.errors unless told.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="For rows that name none.")] = None,
+    batch_id: Annotated[
+        str | None, typer.Option("--id", help="An id of your own; else it is that of the input.")
+    ] = None,
+    ordered: Annotated[bool, typer.Option("--ordered", help="Answers in the order of the rows.")] = False,
+    window: Annotated[int, typer.Option(min=1, max=100_000, help="Jobs in flight at most.")] = 2000,
+    tenant: Annotated[str | None, typer.Option(help="Whom to bill; else the batch's id.")] = None,
+    limit_cost: Annotated[float | None, typer.Option(min=0, help="Submit no more once so much is spent.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Read everything, send nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer every row. Started again, it goes on where it stopped, and calls no model twice for an answer it has.
+
+    Rows are OpenAI's (custom_id, method, url, body) or short: prompt or messages. Exit code 3: some have no answer.
+    """
+    from deltafan_cli._batch import Request, check_batch, run_batch
+
+    request = Request(
+        source=None if source == "-" else Path(source),
+        output=None if output == "-" else Path(output),
+        errors=errors,
+        model=model,
+        batch_id=batch_id,
+        ordered=ordered,
+        window=window,
+        tenant=tenant,
+        limit_cost=limit_cost,
+        as_json=as_json,
+    )
+    if check:
+        sys.exit(check_batch(request))
+
+    async def work(given: Settings) -> int:
+        async with producer_of(given) as producer, consumer_of(given) as consumer:
+            return await run_batch(request, producer, consumer)
+
+    sys.exit(await_(work(read_settings())))
+
+
+@batch_app.command("status")
+def batch_status(
+    batch_id: Annotated[str | None, typer.Argument(help="One batch; all of them unless told.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far batches are, from any machine."""
+    from deltafan_cli import _batch
+
+    async def work(given: Settings) -> int:
+        async with producer_of(given) as producer:
+            return await _batch.batch_status(producer, batch_id, as_json=as_json)
+
+    sys.exit(await_(work(read_settings())))
+
+
+@batch_app.command("list")
+def batch_list(as_json: AsJson = False) -> None:
+    """List the batches that were heard of lately."""
+    batch_status(None, as_json)
+
+
+@batch_app.command("cancel")
+def batch_cancel(batch_id: Annotated[str, typer.Argument(help="As `batch list` shows it.")]) -> None:
+    """End a batch: no more rows are submitted, and those in flight are cancelled."""
+
+    async def work(given: Settings) -> None:
+        async with producer_of(given) as producer:
+            await producer.cancel_batch(batch_id)
+
+    await_(work(read_settings()))
+    print(f"batch {batch_id} is being stopped")

@@ -1,0 +1,107 @@
+"""What became of a row, and the line that says so, in OpenAI's batch output format."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from deltafan import Generation
+from deltafan.batch._rows import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A row that has ended."""
+
+    row: Row
+    job_id: str
+    generation: Generation = field(repr=False)
+    seconds: float
+    """From its submit to its end."""
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether there is a whole answer."""
+        return self.generation.status == "completed"
+
+    @property
+    def error_code(self) -> str | None:
+        """Why there is none."""
+        if self.is_answer:
+            return None
+        return self.generation.failure.code if self.generation.failure else self.generation.status
+
+    def line(self) -> bytes:
+        """One line of the output, or of the error file; usage and cost stand beside what OpenAI writes."""
+        generation, usage = self.generation, self.generation.usage
+        data: dict[str, Any] = {"id": f"batch_req_{self.job_id}", "custom_id": self.row.custom_id}
+        if self.is_answer:
+            body = _response(self) if self.row.api == "responses" else _chat_completion(self)
+            data |= {"response": {"status_code": 200, "request_id": self.job_id, "body": body}, "error": None}
+        else:
+            failure = generation.failure
+            message = failure.message if failure else f"cancelled ({generation.cancel_reason})"
+            data |= {"response": None, "error": {"code": self.error_code, "message": message}}
+        if usage is not None:
+            data |= {"usage": usage.to_json(), "cost": usage.cost, "currency": usage.currency}
+        return orjson.dumps(data) + b"\n"
+
+
+def _chat_completion(outcome: Outcome) -> dict[str, Any]:
+    generation, usage = outcome.generation, outcome.generation.usage
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": generation.content,
+        "refusal": generation.refusal or None,
+    }
+    if generation.reasoning:
+        message["reasoning_content"] = generation.reasoning
+    if generation.tool_calls:
+        message["tool_calls"] = generation.to_messages()[0]["tool_calls"]
+    counts = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    if usage is not None:
+        given = (usage.input_tokens, usage.output_tokens, usage.total_tokens)
+        counts = dict(zip(counts, (count or 0 for count in given), strict=True))
+    return {
+        "id": (usage and usage.response_id) or f"chatcmpl-{outcome.job_id}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": generation.model or outcome.row.model,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": generation.finish_reason}],
+        "usage": counts,
+    }
+
+
+def _response(outcome: Outcome) -> dict[str, Any]:
+    generation, usage = outcome.generation, outcome.generation.usage
+    output: list[dict[str, Any]] = []
+    if generation.reasoning:
+        output.append(
+            {"id": "rs_0", "type": "reasoning", "summary": [{"type": "summary_text", "text": generation.reasoning}]}
+        )
+    if generation.content or generation.refusal:
+        part: dict[str, Any] = {"type": "output_text", "text": generation.content, "annotations": []}
+        if generation.refusal:
+            part = {"type": "refusal", "refusal": generation.refusal}
+        output.append({"id": "msg_0", "type": "message", "role": "assistant", "status": "completed", "content": [part]})
+    for index, call in enumerate(generation.tool_calls):
+        arguments = {"name": call.name, "arguments": call.arguments, "call_id": call.id}
+        output.append({"id": f"fc_{index}", "type": "function_call", "status": "completed", **arguments})
+    counts = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    if usage is not None:
+        counts = {name: getattr(usage, name) or 0 for name in counts}
+    details = {"input_tokens_details": {"cached_tokens": (usage and usage.cached_input_tokens) or 0}}
+    details |= {"output_tokens_details": {"reasoning_tokens": (usage and usage.reasoning_tokens) or 0}}
+    return {
+        "id": (usage and usage.response_id) or f"resp_{outcome.job_id}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": "incomplete" if generation.finish_reason == "length" else "completed",
+        "model": generation.model or outcome.row.model,
+        "output": output,
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+        "usage": counts | details,
+    }
