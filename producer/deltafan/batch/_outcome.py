@@ -91,8 +91,11 @@ def _response(outcome: Outcome) -> dict[str, Any]:
     counts = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
     if usage is not None:
         counts = {name: getattr(usage, name) or 0 for name in counts}
-    details = {"input_tokens_details": {"cached_tokens": (usage and usage.cached_input_tokens) or 0}}
-    details |= {"output_tokens_details": {"reasoning_tokens": (usage and usage.reasoning_tokens) or 0}}
+    cached, written = (usage and usage.cached_input_tokens) or 0, (usage and usage.cache_write_tokens) or 0
+    details = {
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
+        "output_tokens_details": {"reasoning_tokens": (usage and usage.reasoning_tokens) or 0},
+    }
     return {
         "id": (usage and usage.response_id) or f"resp_{outcome.job_id}",
         "object": "response",
