@@ -1,10 +1,13 @@
 """The client library alone, against a server and entries that were written by hand as PROTOCOL.md says."""
 
 import asyncio
+import json
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -358,22 +361,35 @@ async def test_submits_go_on_when_the_server_comes_back(fresh_valkey: Valkey) ->
         assert not (await producer.submit(model="m", messages=HI, job_id="a")).created
 
 
-async def test_plain_xread_tails_a_job_without_any_of_our_code(redis: Redis, hand: Hand) -> None:
-    async def tail() -> list[tuple[bytes, bytes]]:
-        cursor, seen = b"0", []
-        while True:
-            reply = await redis.xread({EVENTS: cursor}, block=1000)
-            for cursor, fields in reply[0][1] if reply else ():  # noqa: B007  the next read begins there
-                seen.append((fields[b"type"], fields[b"data"]))
-                if fields[b"type"] in (b"completed", b"failed", b"cancelled"):
-                    return seen
+def printed_reader() -> Any:
+    """The reader that PROTOCOL.md prints, word for word, as a function of `redis` and `job`."""
+    page = (Path(__file__).parents[2] / "PROTOCOL.md").read_text()
+    code = page.split("### In Python, with redis-py alone")[1].split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"json": json}
+    body = textwrap.indent(code, "    ")
+    exec(f"async def read(redis, job):\n{body}    return status, ''.join(deltas)\n", names)
+    return names["read"]
 
-    reading = asyncio.create_task(tail())
+
+@pytest.mark.parametrize("damage", ["", "restart", "hole"])
+async def test_the_reader_that_the_protocol_prints_needs_none_of_our_code(
+    redis: Redis, hand: Hand, damage: str
+) -> None:
+    reading = asyncio.create_task(printed_reader()(redis, J))
     await hand.start(5)
-    await hand.text(5, 1, "Hello, ", "world")
-    await hand.complete(5, 3)
-    seen = await reading
-    assert b"".join(data for kind, data in seen if kind == b"content") == b"Hello, world"
+    if damage:
+        await hand.text(5, 1, "void")
+    if damage == "hole":
+        await hand.text(5, 3, "behind a hole")
+    await hand.start(6, "restart")
+    await hand.text(6, 1, "Hello, ", "world")
+    await hand.complete(6, 3)
+    assert await asyncio.wait_for(reading, 10) == ("completed", "Hello, world")
+
+
+async def test_the_printed_reader_does_not_wait_for_a_job_that_is_unknown(redis: Redis) -> None:
+    with pytest.raises(LookupError):
+        await asyncio.wait_for(printed_reader()(redis, "never-submitted"), 10)
 
 
 def test_the_library_loads_neither_arq_nor_an_http_client() -> None:
