@@ -115,14 +115,15 @@ async def with_xread(job: Job, reading: Reading) -> Transcript:
         except (RedisError, OSError, RuntimeError):
             await asyncio.sleep(0.1)
             continue
+        before = cursor
         for _, entries in answer or ():
             for raw_id, fields in entries:
                 event = Event(Position.parse(raw_id), fields[b"type"].decode(), fields[b"data"])
-                if not _is_next(Position.parse(cursor), event):
-                    await asyncio.sleep(0.05)  # a hole: its writer puts it back, or opens a new attempt
-                    break
-                transcript.take(event)
-                cursor = raw_id.decode()
+                if _is_next(Position.parse(cursor), event):  # else it stands behind a hole
+                    transcript.take(event)
+                    cursor = raw_id.decode()
+        if answer and cursor == before:
+            await asyncio.sleep(0.05)
     return transcript
 
 

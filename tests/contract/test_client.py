@@ -365,7 +365,7 @@ def printed_reader() -> Any:
     """The reader that PROTOCOL.md prints, word for word, as a function of `redis` and `job`."""
     page = (Path(__file__).parents[2] / "PROTOCOL.md").read_text()
     code = page.split("### In Python, with redis-py alone")[1].split("```python\n")[1].split("```")[0]
-    names: dict[str, Any] = {"json": json}
+    names: dict[str, Any] = {"asyncio": asyncio, "json": json}
     body = textwrap.indent(code, "    ")
     exec(f"async def read(redis, job):\n{body}    return status, ''.join(deltas)\n", names)
     return names["read"]
