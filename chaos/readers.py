@@ -115,6 +115,8 @@ async def with_xread(job: Job, reading: Reading) -> Transcript:
         except (RedisError, OSError, RuntimeError):
             await asyncio.sleep(0.1)
             continue
+        if not answer and await _is_gone(job, reading):
+            return await only_the_result(job, reading)
         before = cursor
         for _, entries in answer or ():
             for raw_id, fields in entries:
@@ -125,6 +127,15 @@ async def with_xread(job: Job, reading: Reading) -> Transcript:
         if answer and cursor == before:
             await asyncio.sleep(0.05)
     return transcript
+
+
+async def _is_gone(job: Job, reading: Reading) -> bool:
+    """Whether the stream was deleted behind its end."""
+    try:
+        stream, result = (f"deltafan:{{{job.id}}}:{name}" for name in ("events", "result"))
+        return not await reading.redis.exists(stream) and bool(await reading.redis.exists(result))
+    except (RedisError, OSError, RuntimeError):
+        return False
 
 
 def _is_next(cursor: Position, event: Event) -> bool:
@@ -144,5 +155,9 @@ async def read(job: Job, kind: Callable[[Job, Reading], Awaitable[Transcript]], 
             return await kind(job, reading)
         except RedisUnavailable:
             await asyncio.sleep(0.1)
-        except (JobNotFound, StreamExpired):  # of a server that came back empty
+        except StreamExpired as expired:
+            if expired.result_available:  # the stream was deleted behind its end
+                return await only_the_result(job, reading)
+            await reading.again(job)
+        except JobNotFound:  # of a server that came back empty
             await reading.again(job)
