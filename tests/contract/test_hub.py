@@ -73,16 +73,18 @@ async def test_when_a_consumer_ends_nobody_goes_on_waiting_for_it(valkey: Valkey
         await consumer.result("j", timeout=1)
 
 
-@pytest.mark.usefixtures("job")
-async def test_when_the_hub_fails_its_readers_hear_of_it(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_when_the_hub_fails_its_readers_hear_of_it(fresh_valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(_self: Hub) -> None:
         raise ArithmeticError("a defect")
 
+    async with Redis.from_url(fresh_valkey.url) as redis, Producer.connect(fresh_valkey.url) as producer:
+        await producer.submit(model="m", messages=HI, job_id="j")
+        await write(redis, "5-0", "started", {"mode": "fresh"})
     with pytest.raises(ArithmeticError):
-        async with Consumer.connect(valkey.url) as consumer, consumer.tail("j") as events:
+        async with Consumer.connect(fresh_valkey.url) as consumer, consumer.tail("j") as events:
             await anext(events)
             monkeypatch.setattr(Hub, "_reopen", fail)
-            async with Redis.from_url(valkey.url) as redis:
+            async with Redis.from_url(fresh_valkey.url) as redis:
                 await redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
                 await redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
             await asyncio.wait_for(anext(events), 5)
