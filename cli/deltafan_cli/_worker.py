@@ -72,42 +72,43 @@ class _Supervisor:
         self._burst = burst
         self._context = get_context("spawn")
         self._stopping = False
-        self._children: list[BaseProcess] = []
+        self._children: dict[int, BaseProcess] = {}
 
     def run(self) -> int:
         set_up_logging(self._settings)
         with _stop_signals(self._stop):
-            for _ in range(self._settings.processes):
-                if not self._stopping:
-                    self._children.append(self._start())
-            while alive := [child for child in self._children if child.is_alive()]:
+            for index in range(self._settings.processes):
+                self._start(index)
+            while alive := [child for child in self._children.values() if child.is_alive()]:
                 alive[0].join(_SUPERVISE_S)
                 self._replace_dead()
-        return max((abs(child.exitcode or 0) for child in self._children), default=0) and 1
+        return max((abs(child.exitcode or 0) for child in self._children.values()), default=0) and 1
 
-    def _start(self) -> BaseProcess:
+    def _start(self, index: int) -> None:
         child = self._context.Process(target=_run_child, args=(self._settings, self._burst), name="deltafan-worker")
         # Inherited: what reaches a child before it listens waits until it does, and neither kills it nor is lost.
         # The tracker first: when multiprocessing starts it, it lifts the block again.
         resource_tracker.ensure_running()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            child.start()
+            # A stop comes either before this, and nothing is started, or when the child is among those it is passed to.
+            if not self._stopping:
+                child.start()
+                self._children[index] = child
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        return child
 
     def _replace_dead(self) -> None:
-        for index, child in enumerate(self._children):
+        for index, child in tuple(self._children.items()):
             if child.exitcode not in (None, 0) and not self._stopping:
                 log.error("worker process %s died (exit code %s); starting another", child.pid, child.exitcode)
                 # One that dies as it starts would die again at once.
                 time.sleep(_RESTART_PAUSE_S)
-                self._children[index] = self._start()
+                self._start(index)
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._stopping = True
-        for child in self._children:
+        for child in self._children.values():
             if child.is_alive() and child.pid is not None:
                 os.kill(child.pid, number)
 

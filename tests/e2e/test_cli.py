@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from deltafan.testing import ScriptedUpstream, scripted_upstream
 from deltafan.testing import chat as script
 from support.waiting import wait_until
-from support.workers import settings_env, worker_process
+from support.workers import child_pids, settings_env, supervisor_process, worker_process
 
 DELTAFAN = [sys.executable, "-m", "deltafan_cli"]
 NOWHERE = {"DELTAFAN_REDIS_URL": "redis://:secret@127.0.0.1:1/0"}
@@ -187,7 +187,7 @@ async def test_check_tells_whether_a_worker_lives(env: dict[str, str]) -> None:
 async def test_several_processes_share_the_work_and_stop_together(
     env: dict[str, str], upstream: ScriptedUpstream
 ) -> None:
-    with subprocess.Popen([*DELTAFAN, "worker", "--processes", "2"], env={**os.environ, **env}) as process:
+    with supervisor_process(env, processes=2) as process:
         done = await arun("submit", "-m", "sim", "-f", "Hi", env=env)
         assert done.stdout == "Hello, world!\n"
         process.terminate()
@@ -195,10 +195,8 @@ async def test_several_processes_share_the_work_and_stop_together(
 
 
 async def test_a_stop_that_comes_while_the_processes_start_is_heeded(env: dict[str, str]) -> None:
-    command = [*DELTAFAN, "worker", "--processes", "2"]
-    with subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True) as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        await wait_until(lambda: len(children.read_text().split()) >= 3, "both are started, and none listens yet")
+    with supervisor_process(env, processes=2) as process:
+        await wait_until(lambda: len(child_pids(process)) >= 3, "both are started, and none listens yet")
         process.terminate()
         assert await asyncio.to_thread(process.wait, 20) == 0
         assert process.stderr is not None

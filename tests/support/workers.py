@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from deltafan._background import background
@@ -80,3 +80,24 @@ def worker_process(env: dict[str, str], *, dies: str = "") -> Iterator["subproce
         process.send_signal(signal.SIGCONT)
         process.kill()
         process.wait()
+
+
+@contextmanager
+def supervisor_process(env: dict[str, str], *, processes: int) -> Iterator["subprocess.Popen[str]"]:
+    """`deltafan worker` with several processes; all of them are killed at the end if they are still there."""
+    command = [sys.executable, "-m", "deltafan_cli", "worker", "--processes", str(processes)]
+    process = subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        children = child_pids(process) if process.poll() is None else []
+        process.kill()
+        for pid in children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def child_pids(process: "subprocess.Popen[str]") -> list[int]:
+    """The processes that a process has started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
