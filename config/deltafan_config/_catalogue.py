@@ -95,6 +95,16 @@ class TimeoutOverrides(_Table):
         return self.model_validate(other.model_dump(exclude_none=True) | self.model_dump(exclude_none=True))
 
 
+class Limits(_Table):
+    """What all workers together may ask for, within any 60 seconds and at once; what is left out is not limited."""
+
+    requests_per_minute: PositiveInt | None = None
+    tokens_per_minute: PositiveInt | None = None
+    """Input and output together."""
+    concurrency: PositiveInt | None = None
+    """Calls at once."""
+
+
 class Price(_Table):
     """Per million tokens. A kind of token without its own price costs what the input or output costs it is part of."""
 
@@ -151,6 +161,8 @@ class Provider(_Table):
     headers: Mapping[str, str] = Field(default_factory=dict, repr=False)
     """Sent with every request."""
     timeouts: TimeoutOverrides = TimeoutOverrides()
+    limits: Limits = Limits()
+    """Of the account, for all models together."""
 
     def api_key(self, env: Mapping[str, str]) -> SecretStr | None:
         """The key, or None where none is needed.
@@ -184,6 +196,8 @@ class Model(_Table):
     """Goes under the request's body."""
     timeouts: TimeoutOverrides = TimeoutOverrides()
     """Over the provider's."""
+    limits: Limits = Limits()
+    """Of this model at each of its providers; the provider's own hold besides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +210,7 @@ class Route:
     price: Price | None = None
     timeouts: TimeoutOverrides = field(default_factory=TimeoutOverrides)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
 
 
 def _name_entries(tables: object) -> object:
@@ -272,6 +287,7 @@ def _route(provider: Provider, model: Model) -> Route:
         price=model.price,
         timeouts=model.timeouts.over(provider.timeouts),
         defaults=model.defaults,
+        limits=model.limits,
     )
 
 

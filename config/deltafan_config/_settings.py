@@ -61,6 +61,19 @@ class Settings(BaseModel):
     lease_s: Annotated[float, Field(ge=2, le=300)] = 8.0
     """How long after a worker's death its jobs run again. Renewed at least three times in that span, so two renewals
     may be lost. Shorter than a stall of the event loop or a failover, it lets living workers lose their jobs."""
+    lanes: Literal["all", "interactive", "batch"] = "all"
+    """Which jobs a worker takes."""
+    interactive_share: Annotated[float, Field(ge=0, le=0.9)] = 0.1
+    """Part of each worker's slots that batch jobs leave free, so that an interactive job starts at once however much
+    batch work there is; and part of a provider's limits that they leave while there are interactive jobs."""
+    batch_share: Annotated[float, Field(ge=0, le=0.9)] = 0.1
+    """Part of each worker's slots that batch jobs get even while interactive jobs wait, once they have waited for
+    batch_patience_s; 0: none, so interactive jobs alone can keep batch jobs waiting for ever."""
+    batch_patience_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    """How long batch jobs wait at a worker that is full of interactive ones."""
+    quota_pause_s: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+    """When a provider says that the account's money or quota is used up, batch jobs wait so long before one of them
+    tries again; interactive jobs fail at once."""
     drain_timeout_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0
     """How long a stopping worker lets its jobs end before it hands them over; 0: at once. The supervisor must wait
     longer before it kills: docker stop waits 10 s and Kubernetes 30 s unless told otherwise."""

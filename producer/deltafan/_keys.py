@@ -12,6 +12,9 @@ ARQ_ABORT = "arq:abort"
 LANES = ("interactive", "batch")
 """The lanes, in the order in which a free worker looks at them."""
 
+FAIR_LANE = "batch"
+"""Where tenants take turns, however much each has waiting."""
+
 FUNCTION = "deltafan.generate"
 """The arq function that every prompt job calls."""
 
@@ -66,6 +69,11 @@ class Keys:
     def cooldown(self, provider: str, model: str) -> str:
         """String: while it lives, nobody calls this model of this provider, which has asked for less."""
         return f"{self.prefix}:cooldown:{provider}/{model}"
+
+    @property
+    def limits(self) -> str:
+        """Start of the hashes of what providers and their models allow, and of what is used of it."""
+        return f"{self.prefix}:limit:"
 
     def batch(self, batch_id: str) -> str:
         """Hash: how far a batch is."""

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +18,14 @@ class Script:
 
 @cache
 def load(name: str, package: str = "deltafan", *, using: tuple[str, ...] = ("common",)) -> Script:
-    """Read `<package>/lua/<name>.lua`, preceded by the parts of deltafan that it builds on.
+    """Read `<package>/lua/<name>.lua`, preceded by the parts of that package or of deltafan that it builds on.
 
     `using=()` is for scripts of the queue's side, which know nothing of a job's stream.
     """
-    parts = [files("deltafan") / "lua" / f"{part}.lua" for part in using]
-    parts.append(files(package) / "lua" / f"{name}.lua")
-    source = b"\n".join(part.read_bytes() for part in parts)
+    source = b"\n".join(_part(part, package).read_bytes() for part in (*using, name))
     return Script(name, source, hashlib.sha1(source, usedforsecurity=False).hexdigest().encode())
+
+
+def _part(name: str, package: str) -> Traversable:
+    own = files(package) / "lua" / f"{name}.lua"
+    return own if own.is_file() else files("deltafan") / "lua" / f"{name}.lua"

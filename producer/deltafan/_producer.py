@@ -16,7 +16,7 @@ import orjson
 from deltafan._client import RedisClient, ScriptCall
 from deltafan._errors import InvalidRequest, JobConflict, JobNotFound, QueueFull, RedisUnavailable
 from deltafan._fold import Generation
-from deltafan._keys import ARQ_IN_PROGRESS, ARQ_JOB, ARQ_RESULT, Keys
+from deltafan._keys import ARQ_IN_PROGRESS, ARQ_JOB, ARQ_RESULT, FAIR_LANE, Keys
 from deltafan._lua import Script, load
 from deltafan._messages import declares_tools, next_turn
 from deltafan._request import MAX_BODY_BYTES, JobRequest, check_job_id, inherited, job_record, parse_request
@@ -356,7 +356,8 @@ class Producer:
         job_id, queue = submission.id, self._keys.queue(submission.request.lane)
         keys = (ARQ_JOB + job_id, ARQ_IN_PROGRESS + job_id, ARQ_RESULT + job_id, queue, self._keys.doorbell(queue))
         record = job_record(submission.request, now_ms=submission.now_ms)
-        return keys, (job_id, record, self._retention.queue_ms, int(ring))
+        fair, tenant = int(submission.request.lane == FAIR_LANE), submission.request.tenant or ""
+        return keys, (job_id, record, self._retention.queue_ms, int(ring), fair, tenant)
 
     def _job(self, submission: _Submission, answer: Reply) -> Job:
         verdict, status = answer

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 
 from deltafan._events import Delta
+from deltafan_worker._admission import Admission
 from deltafan_worker._apis import APIS, ending, generating, listening
 from deltafan_worker._background import BackgroundDecoder, ResponseNote, Unread
 from deltafan_worker._cooldown import Cooldowns
@@ -44,35 +45,63 @@ class ModelCalls:
         self._cooldowns.refresh(routes)
 
     async def answer(
-        self, routes: Sequence[Route], body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter
+        self,
+        routes: Sequence[Route],
+        body: Mapping[str, Any],
+        writer: StreamWriter,
+        meter: CallMeter,
+        admission: Admission,
     ) -> Ending:
-        """Stream one answer into the writer. Never raises for what a provider does."""
+        """Stream one answer into the writer. What a provider does is not raised, but for one thing.
+
+        Raises:
+            MustWait: a batch job is to be given back until its providers have room.
+        """
         last = UpstreamError(code="no_provider", message="no provider is configured", retryable=False)
         remaining = sorted(routes, key=lambda route: self._cooldowns.left_s(route) > 0)
         while remaining:
             route = remaining.pop(0)
             try:
-                return await self._ask(route, body, writer, meter, has_others=bool(remaining))
+                return await self._ask(route, body, writer, meter, admission, has_others=bool(remaining))
             except UpstreamError as error:
                 last = error
             if len(writer.log) or last.is_refused_everywhere:
                 break
+            if not remaining:
+                admission.step_aside(route, last)
         return Ending.failed(last.code, last.message, retryable=last.retryable)
 
     async def _ask(
-        self, route: Route, body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter, *, has_others: bool
+        self,
+        route: Route,
+        body: Mapping[str, Any],
+        writer: StreamWriter,
+        meter: CallMeter,
+        admission: Admission,
+        *,
+        has_others: bool,
     ) -> Ending:
         """Try one provider, as often as it may help."""
         for retry in count(1):
-            await self._wait_out(route)
+            if not admission.is_patient:
+                await self._wait_out(route)
+            await admission.enter(route)
+            ending = None
             try:
-                return await self._find_and_call(route, body, writer, meter)
+                ending = await self._find_and_call(route, body, writer, meter)
             except UpstreamError as error:
                 pause_s = pause_before(retry, error, max_retries=self._max_retries, jitter=random.random())
+                cooldown_s = error.retry_after_s or pause_s or FIRST_PAUSE_S
                 if error.is_rate_limit:
-                    self._cooldowns.note(route, error.retry_after_s or pause_s or FIRST_PAUSE_S)
-                if pause_s is None or len(writer.log) or (error.is_rate_limit and has_others):
+                    self._cooldowns.note(route, cooldown_s)
+                admission.refused(route, error, cooldown_s)
+                may_wait_elsewhere = error.is_rate_limit and (has_others or admission.is_patient)
+                if pause_s is None or len(writer.log) or may_wait_elsewhere:
                     raise
+            else:
+                return ending
+            finally:
+                admission.leave(meter, answered=ending is not None)
             self._cooldowns.refresh((route,))
             await asyncio.sleep(pause_s)
         raise AssertionError("count() has no end")

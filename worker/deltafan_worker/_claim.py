@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from deltafan_worker._interrupt import Reason
+from deltafan_worker._limits import Grant, Lot
 
 
 class Leave(Enum):
@@ -12,6 +13,8 @@ class Leave(Enum):
 
     FINISH = "finish"
     """The job is done: tell arq."""
+    PARK = "park"
+    """Its model's limits have no room: whoever finds some takes it."""
     RELEASE = "release"
     """It is not ours any more, or not now: another worker takes it."""
 
@@ -27,11 +30,20 @@ class Claim:
     """The lease's value: process and claim number."""
     number: int
     """Grows with every claim of the job; what fences an older claim."""
-    score: int
+    score: str
+    """Its place in the queue, when it was claimed."""
+    grant: Grant | None = None
+    """The call that was counted for it with the claim."""
+    limited: bool = False
+    """Whether some provider has asked for less, so that one must ask before each call."""
     renewed: bool = True
     """Whether the heartbeat still renews the lease."""
     leave: Leave = Leave.FINISH
     release_delay_ms: int = 0
+    lot: Lot | None = None
+    """Where it is to be parked."""
+    due_ms: int | None = None
+    """When it can not wait there any longer."""
     status: str = "running"
     """Of the job, when its function has returned."""
     notes: tuple[tuple[str, bytes], ...] = ()

@@ -10,22 +10,26 @@ worker waits for it, and jobs that run go on.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, cast
 from uuid import uuid4
 
 from arq.connections import ArqRedis
 from arq.utils import timestamp_ms
 from arq.worker import Function, Worker
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import RedisError
 
 from deltafan._background import background
 from deltafan._keys import Keys
 from deltafan._lua import Script, load
 from deltafan_worker._claim import Claim, Leave
 from deltafan_worker._interrupt import Reason
+from deltafan_worker._lanes import Pass, Shares, Slots
+from deltafan_worker._limits import FleetLimits, Grant, Lot
+from deltafan_worker._queue_pool import run_script
 from deltafan_worker.serialization import deserialize, serialize
 
 OnUnrun: TypeAlias = Callable[[Claim, Any], Awaitable[None]]
@@ -45,9 +49,8 @@ _RETRY_PAUSE_S = 0.2
 _FOREVER_S = 10 * 366 * 86_400
 _ENDLESS_TRIES = 2**31
 
-_CLAIM, _BEAT, _CLOSE, _RELEASE = (
-    load(name, "deltafan_worker", using=()) for name in ("claim", "beat", "close", "release")
-)
+_BEAT, _CLOSE, _RELEASE = (load(name, "deltafan_worker", using=()) for name in ("beat", "close", "release"))
+_CLAIM = load("claim", "deltafan_worker", using=("limits",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +60,10 @@ class WorkerOptions:
     name: str
     """Shown to people: in `started` events, usage records and presence keys."""
     queues: Sequence[str]
-    """Served in this order."""
+    """One, or two: the first one's jobs are urgent, the second one's take what is idle."""
+    is_urgent: bool = True
+    """Whether the first one's jobs are."""
+    shares: Shares = field(default_factory=Shares)
     concurrency: int = 100
     lease_s: float = 8.0
     drain_timeout_s: float = 30.0
@@ -79,6 +85,7 @@ class LeasedWorker(Worker):
         *,
         pool: ArqRedis,
         keys: Keys,
+        limits: FleetLimits | None = None,
         on_unrun: OnUnrun | None = None,
     ) -> None:
         super().__init__(
@@ -103,6 +110,9 @@ class LeasedWorker(Worker):
         self._queues = tuple(options.queues)
         self._lease_ms = int(options.lease_s * 1000)
         self._keys = keys
+        self._limits = limits or FleetLimits(pool, keys, self._queues, reserve=options.shares.interactive)
+        self._slots = Slots(len(self._queues), options.concurrency, options.shares)
+        self._passes: list[Pass] = []
         self._on_unrun = on_unrun
         self._lease_lock = asyncio.Lock()
         self._slot_freed = asyncio.Event()
@@ -138,6 +148,7 @@ class LeasedWorker(Worker):
 
     async def _turn(self) -> bool:
         """Claim what there is room for, else wait until there may be more. Returns whether there is nothing to do."""
+        self._slot_freed.clear()
         room = self.max_jobs - len(self.tasks)
         try:
             if room > 0 and await self._claim(room):
@@ -151,26 +162,41 @@ class LeasedWorker(Worker):
         return is_idle
 
     async def _claim(self, room: int) -> int:
-        args = (self.process, self._lease_ms, room, int(self._cautious))
-        due_in_ms, flat = await self._call(_CLAIM, self._queues, args)
+        self._passes = self._slots.passes(self._running())
+        urgent = int(self._options.is_urgent)
+        args = (*self._limits.common, self.process, self._lease_ms, room, int(self._cautious), urgent)
+        passes = [number for pass_ in self._passes for number in pass_]
+        due_in_ms, flat, left, second, limited = await run_script(self.pool, _CLAIM, self._queues, (*args, *passes))
         self._due_in_s = POLL_S if due_in_ms < 0 else min(POLL_S, due_in_ms / 1000)
-        for job_id, index, score, number in zip(*(iter(flat),) * 4, strict=True):
-            self._launch(job_id.decode(), int(index), int(float(score)), int(number))
-        return len(flat) // 4
+        for job_id, index, score, number, counted in zip(*(iter(flat),) * 5, strict=True):
+            self._launch(
+                Claim(
+                    job_id=job_id.decode(),
+                    queue=self._queues[index - 1],
+                    queue_index=index,
+                    token=f"{self.process}:{number}",
+                    number=number,
+                    score=score.decode(),
+                    grant=_grant(counted.decode(), second),
+                    limited=bool(limited),
+                )
+            )
+        self._slots.note(self._running(), left)
+        return len(flat) // 5
 
-    def _launch(self, job_id: str, queue_index: int, score: int, number: int) -> None:
-        token = f"{self.process}:{number}"
-        if job_id in self.claims:  # our own lease had run out, and nobody was faster
-            self.claims[job_id].token = token
+    def _running(self) -> Counter[int]:
+        return Counter(claim.queue_index for claim in self.claims.values())
+
+    def _launch(self, claim: Claim) -> None:
+        if claim.job_id in self.claims:  # our own lease had run out, and nobody was faster
+            self.claims[claim.job_id].token = claim.token
             return
-        queue = self._queues[queue_index - 1]
-        claim = Claim(job_id=job_id, queue=queue, queue_index=queue_index, token=token, number=number, score=score)
-        self.claims[job_id] = claim
-        self.tasks[job_id] = self.loop.create_task(self._run(claim), name=f"job-{job_id}")
+        self.claims[claim.job_id] = claim
+        self.tasks[claim.job_id] = self.loop.create_task(self._run(claim), name=f"job-{claim.job_id}")
 
     async def _run(self, claim: Claim) -> None:
         try:
-            await self.run_job(claim.job_id, claim.score)
+            await self.run_job(claim.job_id, int(float(claim.score)))
         except (RedisError, OSError) as error:
             log.warning(
                 "job %s: the queue was lost (%s); it is run again when its lease has run out", claim.job_id, error
@@ -184,12 +210,12 @@ class LeasedWorker(Worker):
 
     async def _doze(self, *, may_claim: bool) -> None:
         """Wait for the doorbell, a free slot, the next due job or the end."""
-        self._slot_freed.clear()
         waits: list[Awaitable[Any]] = [self._draining.wait()]
-        if may_claim and not self.burst:
-            doorbells = [self._keys.doorbell(queue) for queue in self._queues]
+        listening = {index for index, _ in self._passes} if may_claim and not self.burst else set()
+        if listening:
+            doorbells = [self._keys.doorbell(self._queues[index - 1]) for index in sorted(listening)]
             waits.append(cast(Awaitable[Any], self.pool.blpop(doorbells, max(self._due_in_s, 0.01))))  # type: ignore[arg-type]
-        else:
+        if len(listening) < len(self._queues):
             waits.append(self._slot_freed.wait())
         tasks = [asyncio.ensure_future(wait) for wait in waits]
         try:
@@ -230,7 +256,7 @@ class LeasedWorker(Worker):
             held = [claim for claim in self.claims.values() if claim.renewed]
             for portion in (held[i : i + BEAT_PORTION] for i in range(0, len(held), BEAT_PORTION)):
                 args = [value for claim in portion for value in (claim.token, claim.job_id, claim.queue_index)]
-                answers = await self._call(_BEAT, self._queues, [self._lease_ms, *args])
+                answers = await run_script(self.pool, _BEAT, self._queues, [self._lease_ms, *args])
                 for claim, answer in zip(portion, answers, strict=True):
                     self._heed(claim, answer)
 
@@ -282,9 +308,12 @@ class LeasedWorker(Worker):
         if finish and claim.leave is Leave.FINISH:
             ttl_ms = 0 if keep_result_forever else int((result_timeout_s or 0) * 1000)
             await self._close(claim, result_data, ttl_ms)
+        elif claim.leave is Leave.PARK and claim.lot is not None:
+            await self._park(claim, claim.lot)
         else:
             # arq gives the delay of a Retry as a shift of the job's score.
-            delay_ms = max(0, claim.score + incr_score - timestamp_ms()) if incr_score else claim.release_delay_ms
+            score = int(float(claim.score))
+            delay_ms = max(0, score + incr_score - timestamp_ms()) if incr_score else claim.release_delay_ms
             await self._release(claim, delay_ms)
 
     async def finish_failed_job(self, job_id: str, result_data: bytes | None) -> None:
@@ -303,6 +332,13 @@ class LeasedWorker(Worker):
         if not await self._insist(_CLOSE, keys, args):
             log.info("job %s: ended, but its lease is another's; leaving the queue as it is", claim.job_id)
 
+    async def _park(self, claim: Claim, lot: Lot) -> None:
+        async with self._lease_lock:  # as for a release
+            claim.renewed = False
+            await self._limits.park(
+                lot, claim.queue, token=claim.token, job_id=claim.job_id, score=claim.score, due_ms=claim.due_ms
+            )
+
     async def _release(self, claim: Claim, delay_ms: int) -> None:
         async with self._lease_lock:  # a heartbeat under way would take the lease again
             claim.renewed = False
@@ -316,18 +352,19 @@ class LeasedWorker(Worker):
         failed = False
         while True:
             try:
-                return await self._call(script, keys, args)
+                return await run_script(self.pool, script, keys, args)
             except (RedisError, OSError) as error:
                 if not failed:
                     log.warning("the queue's Redis did not take %s (%s); going on trying", script.name, error)
                 failed = True
                 await asyncio.sleep(_RETRY_PAUSE_S)
 
-    async def _call(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        try:
-            return await cast(Awaitable[Any], self.pool.evalsha(script.sha.decode(), len(keys), *keys, *args))
-        except NoScriptError:
-            return await cast(Awaitable[Any], self.pool.eval(script.source.decode(), len(keys), *keys, *args))
+
+def _grant(counted: str, second: int) -> Grant | None:
+    if not counted:
+        return None
+    group, _, tokens = counted.rpartition(" ")
+    return Grant(group=group, second=second, tokens=int(tokens))
 
 
 async def _set_after(event: asyncio.Event, seconds: float) -> None:

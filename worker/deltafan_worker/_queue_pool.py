@@ -1,14 +1,16 @@
 """The queue's connections: redis-py's, made for arq."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 from arq.connections import ArqRedis
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError
 
+from deltafan._lua import Script
 from deltafan_worker.serialization import deserialize, serialize
 
 
@@ -31,6 +33,14 @@ async def queue_pool(url: str) -> AsyncIterator[ArqRedis]:
         yield pool
     finally:
         await pool.aclose(close_connection_pool=True)
+
+
+async def run_script(pool: ArqRedis, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    """Run a script of the queue's server, which may not know it yet."""
+    try:
+        return await cast(Awaitable[Any], pool.evalsha(script.sha.decode(), len(keys), *keys, *args))
+    except NoScriptError:
+        return await cast(Awaitable[Any], pool.eval(script.source.decode(), len(keys), *keys, *args))
 
 
 class _Losing:

@@ -31,6 +31,18 @@ Continuation: TypeAlias = Literal["partial", "prefix", "continue_final_message",
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the whole fleet together may ask of somebody; None: as much as it likes."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrency: int | None = None
+
+    def __bool__(self) -> bool:
+        return self != Limits()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """One provider's way to one model."""
 
@@ -52,5 +64,9 @@ class Route:
     in_background: bool = False
     """Whether the provider is to generate on when nobody listens."""
     timeouts: Timeouts = Timeouts()
+    provider_limits: Limits = Limits()
+    """For all its models together."""
+    limits: Limits = Limits()
+    """For this model at this provider."""
     max_output_bytes: int = 16 * 1024 * 1024
     """What is longer is cut."""

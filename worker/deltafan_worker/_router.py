@@ -6,7 +6,7 @@ from deltafan._errors import DeltafanError
 from deltafan_config import Catalogue, MissingKey, Provider, Settings
 from deltafan_config import Route as ConfiguredRoute
 from deltafan_worker._apis import APIS
-from deltafan_worker._route import Continuation, Route, Timeouts
+from deltafan_worker._route import Continuation, Limits, Route, Timeouts
 
 
 class UnsupportedApi(DeltafanError):
@@ -70,6 +70,8 @@ class Router:
             price=route.price,
             continuation=_continuation(provider, api),
             timeouts=self._timeouts(route),
+            provider_limits=Limits(**provider.limits.model_dump()),
+            limits=Limits(**route.limits.model_dump()),
             max_output_bytes=self._settings.max_output_bytes,
         )
 

@@ -17,10 +17,12 @@ from deltafan._position import Position
 from deltafan._request import JobRequest, check_job_id, parse_request
 from deltafan._retention import Retention
 from deltafan._usage import CallOutcome, UsageRecord
+from deltafan_worker._admission import Admission, MustWait
 from deltafan_worker._calls import ModelCalls
 from deltafan_worker._claim import Claim, Leave
 from deltafan_worker._ending import CallMeter, Ending, members, seal
 from deltafan_worker._interrupt import Interrupt, Reason
+from deltafan_worker._limits import FleetLimits
 from deltafan_worker._publisher import Publisher
 from deltafan_worker._resumption import Leftover, Plan, plan_onwards, read_leftover
 from deltafan_worker._route import Route
@@ -52,6 +54,8 @@ class _Job:
     request: JobRequest | None = None
     routes: Sequence[Route] = ()
     refusal: Ending | None = None
+    admission: Admission | None = None
+    """None for a job that is refused."""
 
     @property
     def goes_on(self) -> bool:
@@ -70,6 +74,8 @@ class JobRunner:
         resolve: Resolve,
         retention: Retention,
         worker: str,
+        limits: FleetLimits,
+        quota_pause_s: float = 60.0,
         max_attempts: int = 3,
     ) -> None:
         self._publisher = publisher
@@ -77,6 +83,8 @@ class JobRunner:
         self._resolve = resolve
         self._retention = retention
         self._worker = worker
+        self._limits = limits
+        self._quota_pause_s = quota_pause_s
         self._max_attempts = max_attempts
 
     async def generate(self, ctx: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
@@ -89,13 +97,18 @@ class JobRunner:
         claim.leave, claim.release_delay_ms = Leave.RELEASE, RELEASE_DELAY_MS
         interrupt = Interrupt()
         claim.interrupt = interrupt.cut
-        job = self._read(claim.job_id, fields)
+        job = self._read(claim, fields)
         retention = self._retention.with_ttl(job.request.ttl if job.request else None)
         writer = StreamWriter(self._publisher, job.id, claim.number, retention, interrupt)
         try:
             await self._attempts(job, writer, claim)
+        except MustWait as wait:
+            claim.leave, claim.lot, claim.status = Leave.PARK, wait.lot, "queued"
+            claim.due_ms = job.request.deadline_ms if job.request else None
         finally:
             writer.close()
+            if job.admission is not None:
+                job.admission.give_back()
         if interrupt.reason is Reason.ABORTED and claim.status == "cancelled":
             raise asyncio.CancelledError
         return {"job_id": job.id, "status": claim.status}
@@ -112,23 +125,33 @@ class JobRunner:
         finally:
             writer.close()
 
-    def _read(self, job_id: str, fields: Mapping[str, Any]) -> _Job:
+    def _read(self, claim: Claim, fields: Mapping[str, Any]) -> _Job:
+        job_id = claim.job_id
         try:
             check_job_id(job_id)
             request = parse_request(fields)
             routes = [_as_asked(route, request) for route in self._resolve(request.model, request.api)]
-            is_late = _left_s(request) == 0.0
-            return _Job(id=job_id, request=request, routes=routes, refusal=_LATE if is_late else None)
+            if _left_s(request) == 0.0:
+                return _Job(id=job_id, request=request, routes=routes, refusal=_LATE)
+            admission = Admission(self._limits, claim, request, quota_pause_s=self._quota_pause_s)
+            return _Job(id=job_id, request=request, routes=routes, admission=admission)
         except DeltafanError as error:
             code = "invalid_request" if isinstance(error, InvalidRequest) else error.code
             return _Job(id=job_id, refusal=Ending.failed(code, str(error)))
 
     async def _attempts(self, job: _Job, writer: StreamWriter, claim: Claim) -> None:
-        """Run attempts until one ends the job, or it is another's."""
+        """Run attempts until one ends the job, or it is another's, or it is to wait."""
         self._calls.prepare(job.routes)
+        if job.admission is not None:
+            job = replace(job, routes=await job.admission.choose(job.routes))
         verdict, meter, plan = await self._begin(job, writer, await self._left_by_others(job, writer, claim))
         while isinstance(verdict, Begun):
-            ending = await self._generate(job, writer, meter, plan)
+            try:
+                ending = await self._generate(job, writer, meter, plan)
+            except MustWait:
+                if await writer.hand_over(b"", unless_cancelled=True):
+                    raise
+                ending = Ending.cancelled("requested")
             if ending is None:
                 await self._let_go(writer, meter, claim)
                 return
@@ -165,7 +188,7 @@ class JobRunner:
 
     async def _generate(self, job: _Job, writer: StreamWriter, meter: CallMeter | None, plan: Plan) -> Ending | None:
         """Stream one answer, or the rest of one; None when the job is to be given to another worker."""
-        if job.refusal is not None or job.request is None or meter is None:
+        if job.admission is None or job.request is None or meter is None:
             return job.refusal
         left_s = _left_s(job.request)
         if left_s == 0.0:  # a timeout of 0 would still let a request out on a connection that is open
@@ -173,7 +196,7 @@ class JobRunner:
         if plan.response is not None:
             call = self._calls.listen_again(plan.routes[0], plan.response, plan.published, writer, meter)
         else:
-            call = self._calls.answer(plan.routes, plan.body, writer, meter)
+            call = self._calls.answer(plan.routes, plan.body, writer, meter, job.admission)
         ending = await writer.interrupt.run(call, within_s=left_s)
         if ending is not None:
             return ending

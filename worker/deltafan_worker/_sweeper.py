@@ -21,7 +21,7 @@ import orjson
 from deltafan._client import RedisClient
 from deltafan._errors import DeltafanError
 from deltafan._events import TERMINAL_TYPES
-from deltafan._keys import ARQ_IN_PROGRESS, ARQ_JOB, ARQ_RESULT, LANES, Keys
+from deltafan._keys import ARQ_IN_PROGRESS, ARQ_JOB, ARQ_RESULT, FAIR_LANE, LANES, Keys
 from deltafan._lua import load
 from deltafan._request import JobRequest, job_record, parse_request
 from deltafan._resp import Reply
@@ -228,7 +228,8 @@ class Sweeper:
     async def _enqueue(self, job: _Sight, request: JobRequest) -> None:
         queue, retention = self._keys.queue(request.lane), self._options.retention
         names = (ARQ_JOB + job.id, ARQ_IN_PROGRESS + job.id, ARQ_RESULT + job.id, queue, self._keys.doorbell(queue))
-        args = (job.id, job_record(request, now_ms=job.now_ms), retention.queue_ms, 1, "")
+        fair = int(request.lane == FAIR_LANE)
+        args = (job.id, job_record(request, now_ms=job.now_ms), retention.queue_ms, 1, fair, request.tenant or "", "")
         await self._queue.run(load("enqueue_only", using=("enqueue",)), names, args)
         log.warning("job %s: the queue had lost it; it is submitted again from the request that was kept", job.id)
 

@@ -62,6 +62,16 @@ _REFUSED_EVERYWHERE = frozenset(
         "content_filter",
     }
 )
+# Of the account, not of the request; insufficient_quota only where its message made it permanent.
+_ACCOUNT_CODES = frozenset(
+    {
+        "arrearage",
+        "prepaidbilloverdue",
+        "postpaidbilloverdue",
+        "insufficient_quota",
+        "throttling.allocationquota",
+    }
+)
 _CONNECTION_CODES = frozenset(
     {"truncated", "connection_lost", "connect_failed", "connect_timeout", "silence_timeout", "first_delta_timeout"}
     | {f"http_{status}" for status in (500, 502, 503, 504, 429)}
@@ -99,6 +109,11 @@ class UpstreamError(Exception):
         """Whether the provider asks for less, of this fleet as a whole."""
         limited = self.status == 429 or self.code.lower().startswith(("throttling", "limit_", "rate_limit"))
         return limited and self.retryable
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the account has no money or quota left, so that no request of it helps."""
+        return not self.retryable and (self.status == 402 or self.code.lower() in _ACCOUNT_CODES)
 
     @property
     def is_refused_everywhere(self) -> bool:

@@ -203,12 +203,15 @@ class StreamWriter:
                 case _:
                     return _ended(reply)
 
-    async def hand_over(self, note: bytes) -> tuple[tuple[str, bytes], ...]:
-        """Let go of the job without spending a run. Returns the usage notes so far, for the ledger."""
+    async def hand_over(self, note: bytes, *, unless_cancelled: bool = False) -> bool:
+        """Let go of the job without spending a run; without a note, as if its model had not been called.
+
+        Returns whether that was done: not for a job that is another's or has ended.
+        """
         self._publisher.flush(self)
         self._flowing = False
-        reply = await self._ask(_HAND_OVER, (self.run, self._call.id, note, self._retention.live_ms))
-        return _pairs(reply[1])
+        args = (self.run, self._call.id, note, self._retention.live_ms, int(unless_cancelled))
+        return bool(await self._ask(_HAND_OVER, args))
 
     def note_response(self, note: str) -> None:
         """Note where the upstream response can be found again; best effort, nobody waits for it."""
@@ -280,7 +283,7 @@ class StreamWriter:
 
 def _says_ended(reply: Reply) -> bool:
     """The answers ENDED, ALREADY and finish's OK carry the usage notes; no other has a list there."""
-    return len(reply) == 3 and isinstance(reply[2], list)
+    return isinstance(reply, list) and len(reply) == 3 and isinstance(reply[2], list)
 
 
 def _ended(reply: Reply) -> Ended:

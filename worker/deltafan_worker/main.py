@@ -21,7 +21,9 @@ from deltafan_config import Catalogue, Settings
 from deltafan_worker._calls import ModelCalls
 from deltafan_worker._cancels import listen_for_cancels
 from deltafan_worker._cooldown import Cooldowns
+from deltafan_worker._lanes import Shares
 from deltafan_worker._leased import BEAT_S, LeasedWorker, WorkerOptions
+from deltafan_worker._limits import FleetLimits
 from deltafan_worker._publisher import Publisher
 from deltafan_worker._queue_pool import queue_pool
 from deltafan_worker._router import Router
@@ -68,8 +70,11 @@ async def open_worker(
         replicas_timeout_ms=settings.replicas_timeout_ms,
     )
     async with queue_pool(settings.redis_url) as pool, _http_session() as session:
+        limits = FleetLimits(pool, keys, options.queues, reserve=settings.interactive_share)
         runner = JobRunner(
             publisher=publisher,
+            limits=limits,
+            quota_pause_s=settings.quota_pause_s,
             calls=ModelCalls(session, Cooldowns(keys, publisher.send), max_retries=settings.max_retries),
             resolve=Router(Catalogue.load(settings.models), settings, env),
             retention=settings.retention,
@@ -77,11 +82,12 @@ async def open_worker(
             max_attempts=settings.max_attempts,
         )
         generate = func(runner.generate, name=FUNCTION)
-        worker = LeasedWorker([generate], options, pool=pool, keys=keys, on_unrun=runner.end_unrun)
+        worker = LeasedWorker([generate], options, pool=pool, keys=keys, limits=limits, on_unrun=runner.end_unrun)
         async with asyncio.TaskGroup() as tasks:
             helpers = [
                 tasks.create_task(publisher.keep_open(), name="deltafan-publisher"),
                 tasks.create_task(listen_for_cancels(settings.streams_url, keys.cancels, publisher.on_cancel)),
+                tasks.create_task(limits.keep_telling(), name="deltafan-limits"),
                 tasks.create_task(_show_presence(pool, keys, worker)),
                 tasks.create_task(Sweeper(_sweeping(settings, options, keys)).run(), name="deltafan-sweeper"),
             ]
@@ -93,7 +99,11 @@ async def open_worker(
 def _options(settings: Settings, keys: Keys, *, burst: bool) -> WorkerOptions:
     return WorkerOptions(
         name=f"{socket.gethostname()}:{os.getpid()}",
-        queues=[keys.queue(lane) for lane in LANES],
+        queues=[keys.queue(lane) for lane in LANES if settings.lanes in ("all", lane)],
+        is_urgent=settings.lanes != "batch",
+        shares=Shares(
+            interactive=settings.interactive_share, batch=settings.batch_share, patience_s=settings.batch_patience_s
+        ),
         concurrency=settings.concurrency,
         lease_s=settings.lease_s,
         drain_timeout_s=settings.drain_timeout_s,

@@ -2,6 +2,7 @@
 -- queue's server, or behind submit.lua in the same call when both live on one server.
 --   keys   job, in-progress, result, queue, doorbell
 --   ring   '1' to wake an idle worker; a bulk submit rings for some of its jobs only
+--   tenant whose turn it is decides the order; false: first come, first served
 --   returns 1 enqueued, 0 already queued or running
 -- waiting(queue): how many jobs nobody has claimed; a claimed one's score is the end of its lease.
 -- A result that arq still keeps does not stand in the way: the job's own state decides whether it may run.
@@ -10,17 +11,46 @@ local function server_ms()
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
-local function waiting(queue)
-  return redis.call('ZCOUNT', queue, '-inf', server_ms())
+-- Jobs that wait for the limits of their model; see limits.lua of the worker.
+local function lots(queue)
+  local names = redis.call('SMEMBERS', queue .. ':lots')
+  for i, group in ipairs(names) do names[i] = queue .. ':lot:' .. group end
+  return names
 end
 
-local function enqueue(job, in_progress, result, queue, doorbell, id, record, ttl_ms, ring)
+local function waiting(queue)
+  local count = redis.call('ZCOUNT', queue, '-inf', server_ms())
+  for _, lot in ipairs(lots(queue)) do count = count + redis.call('ZCARD', lot) end
+  return count
+end
+
+-- A place in a fair queue: start-time fair queueing, where each job is as long as any other.  A tenant's next place is
+-- one behind its last, but never behind the place whose turn it is now: so tenants take turns, whatever each has waiting.
+-- Places are far below the times that are scores of other jobs, and 1 is arq's for what is to be aborted.
+local FIRST_PLACE, FIRST_TIME = 2, '1000000000000'
+local function place(queue, tenant)
+  local places, turn = queue .. ':places', nil
+  local function look(found)
+    local head = tonumber(found[2])
+    if head and head < tonumber(FIRST_TIME) and (not turn or head < turn) then turn = head end
+  end
+  look(redis.call('ZRANGEBYSCORE', queue, FIRST_PLACE, '(' .. FIRST_TIME, 'WITHSCORES', 'LIMIT', 0, 1))
+  for _, lot in ipairs(lots(queue)) do look(redis.call('ZRANGE', lot, 0, 0, 'WITHSCORES')) end
+  if turn then redis.call('ZREMRANGEBYSCORE', places, '-inf', '(' .. turn - 1) else redis.call('DEL', places) end
+  local last = redis.call('ZSCORE', places, tenant)
+  local mine = math.max(turn or FIRST_PLACE, last and last + 1 or 0)
+  redis.call('ZADD', places, mine, tenant)
+  redis.call('PEXPIRE', places, 86400000)
+  return mine
+end
+
+local function enqueue(job, in_progress, result, queue, doorbell, id, record, ttl_ms, ring, tenant)
   if redis.call('EXISTS', job, in_progress, result) > 0 then
     if redis.call('EXISTS', job, in_progress) > 0 then return 0 end
     redis.call('DEL', result)
   end
   redis.call('SET', job, record, 'PX', ttl_ms)
-  redis.call('ZADD', queue, server_ms(), id)
+  redis.call('ZADD', queue, tenant and place(queue, tenant) or server_ms(), id)
   -- Tokens are hints; a few dozen wake any fleet, and idle doorbells disappear.
   if ring == '1' and redis.call('LLEN', doorbell) < 64 then
     redis.call('LPUSH', doorbell, 1)

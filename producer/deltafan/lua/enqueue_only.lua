@@ -1,8 +1,9 @@
 -- KEYS  arq job, arq in-progress, arq result, queue, doorbell
--- ARGV  id, record, ttl_ms, ring, max_queued ('' for a job that was known before: it is never refused)
+-- ARGV  id, record, ttl_ms, ring, fair ('1' | '0'), tenant, max_queued ('' for a job that was known before: it is
+-- never refused)
 -- Returns {1 enqueued | 0 already queued or running | 'FULL', how many wait}
-if ARGV[5] ~= '' and redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then
+if ARGV[7] ~= '' and redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then
   local count = waiting(KEYS[4])
-  if count >= tonumber(ARGV[5]) then return { 'FULL', count } end
+  if count >= tonumber(ARGV[7]) then return { 'FULL', count } end
 end
-return { enqueue(KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], ARGV[1], ARGV[2], ARGV[3], ARGV[4]), 0 }
+return { enqueue(KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5] == '1' and ARGV[6]), 0 }

@@ -1,6 +1,6 @@
 -- Makes a job known, once.  KEYS  events, state, result [, arq job, in-progress, result, queue, doorbell]
 -- ARGV  digest, live_ms, deadline_ms ('' for none), ticket ('' or one of this submit's own: see withdraw),
---       max_queued ('' for no limit) [, id, record, ttl_ms, ring]
+--       max_queued ('' for no limit) [, id, record, ttl_ms, ring, fair, tenant]
 -- Returns {'NEW' | 'EXISTS' | 'CONFLICT', status}, or {'FULL', how many wait}: nothing is written.  With the queue's
 -- keys it enqueues as well, also when the job is known but has not ended: a submit that died between its two writes is
 -- mended by the next.
@@ -31,6 +31,6 @@ end
 local answer = submit()
 local open = answer[1] == 'NEW' or (answer[1] == 'EXISTS' and not TERMINAL[answer[2]] and answer[2] ~= 'expired')
 if #KEYS > 3 and open then
-  enqueue(KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8], ARGV[6], ARGV[7], ARGV[8], ARGV[9])
+  enqueue(KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8], ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10] == '1' and ARGV[11])
 end
 return answer

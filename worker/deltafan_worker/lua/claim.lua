@@ -1,42 +1,95 @@
--- Takes due jobs from the queues, in their order, up to `want`.
--- KEYS  queues          ARGV  process, lease_ms, want, fresh_only (1: leave jobs that were claimed before to their
--- workers for a moment, which may just have been unable to renew their leases)
--- Returns {ms until the next job is due or -1, {id, queue index, score, claim number, …}}
+-- Takes jobs from the queues, up to `want`.
+-- KEYS  queues      ARGV  3 process, 4 lease_ms, 5 want, 6 fresh_only (1: leave jobs that were claimed before to their
+-- workers for a moment, which may just have been unable to renew their leases), 7 index of the queue whose jobs are
+-- urgent (0 none), 8.. (queue index, how many of it in all so far) for each pass, in order
+-- Returns {ms until the next job may be due or -1, {id, queue index, score, claim number, group whose limits count it
+-- or '', …}, {for each queue 1 when due jobs are left}, second, 1 when some provider has asked for less}
 -- The in-progress key is the lock; the score is a hint that takes a running job off the head of the queue and
--- makes it due again by itself when its lease ends.
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local lease_ms, want = tonumber(ARGV[2]), tonumber(ARGV[3])
-local taken, soonest = {}, -1
+-- makes it due again by itself when its lease ends.  Times are scores of the jobs that were due before: their leases
+-- ended, or they were given back.  They go first.  What is smaller than any time is a place in a fair queue.
+local FIRST_TIME = 1000000000000
+local lease_ms, want, taken, total, counts = tonumber(ARGV[4]), tonumber(ARGV[5]), {}, 0, {}
 
-local function take(index, id, score)
+local function lock(index, id, score, group)
   local in_progress = 'arq:in-progress:' .. id
   local left = redis.call('PTTL', in_progress)
   if left ~= -2 then
-    redis.call('ZADD', KEYS[index], 'XX', now + math.max(1, left < 0 and lease_ms or math.min(left, lease_ms)), id)
+    local again = NOW + math.max(1, left < 0 and lease_ms or math.min(left, lease_ms))
+    redis.call('ZADD', KEYS[index], 'XX', digits(again), id)
   elseif redis.call('EXISTS', 'arq:job:' .. id) == 0 and redis.call('EXISTS', 'arq:result:' .. id) == 1 then
     redis.call('ZREM', KEYS[index], id) -- finished, then put back by a late Job.abort()
-  elseif ARGV[4] == '1' and redis.call('EXISTS', 'arq:retry:' .. id) == 1 then
-    redis.call('ZADD', KEYS[index], 'XX', now + lease_ms / 2, id)
+  elseif ARGV[6] == '1' and redis.call('EXISTS', 'arq:retry:' .. id) == 1 then
+    redis.call('ZADD', KEYS[index], 'XX', digits(NOW + lease_ms / 2), id)
   else
     local number = redis.call('INCR', 'arq:retry:' .. id)
     redis.call('EXPIRE', 'arq:retry:' .. id, 88400)
-    redis.call('SET', in_progress, ARGV[1] .. ':' .. number, 'PX', lease_ms)
-    redis.call('ZADD', KEYS[index], 'XX', now + lease_ms, id)
-    for _, value in ipairs({ id, index, score, number }) do taken[#taken + 1] = value end
+    redis.call('SET', in_progress, ARGV[3] .. ':' .. number, 'PX', lease_ms)
+    redis.call('ZADD', KEYS[index], 'XX', digits(NOW + lease_ms), id)
+    for _, value in ipairs({ id, index, score, number, group }) do taken[#taken + 1] = value end
+    counts[index], total = counts[index] + 1, total + 1
+    return true
+  end
+  return false
+end
+
+local function room(index, most)
+  return math.min(most - counts[index], want - total)
+end
+
+local function from_range(index, most, low, high)
+  while room(index, most) > 0 do
+    local due = redis.call('ZRANGEBYSCORE', KEYS[index], low, high, 'WITHSCORES', 'LIMIT', 0, room(index, most))
+    if #due == 0 then return end
+    for i = 1, #due, 2 do lock(index, due[i], due[i + 1], '') end
   end
 end
 
-for index = 1, #KEYS do
-  while #taken < want * 4 do
-    local due = redis.call('ZRANGEBYSCORE', KEYS[index], '-inf', now, 'WITHSCORES', 'LIMIT', 0, want - #taken / 4)
-    if #due == 0 then break end
-    for i = 1, #due, 2 do take(index, due[i], due[i + 1]) end
-  end
-  local head = redis.call('ZRANGE', KEYS[index], 0, 0, 'WITHSCORES')
-  if head[2] then
-    local wait = math.max(0, math.ceil(head[2] - now))
-    if soonest < 0 or wait < soonest then soonest = wait end
+local function from_lot(index, most, group)
+  local lot, urgent = lot_of(KEYS[index], group), index == tonumber(ARGV[7])
+  while room(index, most) > 0 do
+    local id, score = unpack(redis.call('ZRANGE', lot, 0, 0, 'WITHSCORES'))
+    if not id then
+      redis.call('SREM', KEYS[index] .. ':lots', group)
+      return
+    end
+    local tokens = tonumber(redis.call('HGET', lot .. ':tokens', id) or 0)
+    if not may_call(group, tokens, urgent) then return end
+    redis.call('ZREM', lot, id)
+    redis.call('HDEL', lot .. ':tokens', id)
+    -- One that is not in the queue has ended meanwhile.
+    if redis.call('ZSCORE', KEYS[index], id) and lock(index, id, score, group) then
+      charge(group, tokens, urgent, id)
+      taken[#taken] = group .. ' ' .. digits(tokens)
+    end
   end
 end
-return { soonest, taken }
+
+local function from_lots(index, most)
+  local groups = redis.call('SMEMBERS', KEYS[index] .. ':lots')
+  for i = 1, #groups do from_lot(index, most, groups[(SECOND + i) % #groups + 1]) end
+end
+
+local most_of = {}
+for index = 1, #KEYS do counts[index] = 0 end
+for i = 8, #ARGV, 2 do
+  local index, most = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
+  most_of[index] = math.max(most_of[index] or 0, most)
+  from_lots(index, counts[index] + math.ceil((most - counts[index]) / 2)) -- whoever waits there leaves half to the others
+  from_range(index, most, digits(FIRST_TIME), digits(NOW))
+  from_range(index, most, '-inf', '(' .. digits(FIRST_TIME))
+  from_lots(index, most)
+end
+
+local soonest, left = -1, {}
+local function wait(ms)
+  if soonest < 0 or ms < soonest then soonest = math.max(0, math.ceil(ms)) end
+end
+for index = 1, #KEYS do
+  local head = redis.call('ZRANGE', KEYS[index], 0, 0, 'WITHSCORES')[2]
+  left[index] = head and tonumber(head) <= NOW and 1 or 0
+  if room(index, most_of[index] or 0) > 0 then
+    if head then wait(head - NOW) end
+    if redis.call('EXISTS', KEYS[index] .. ':lots') == 1 then wait(1000 - NOW % 1000) end
+  end
+end
+return { soonest, taken, left, SECOND, redis.call('EXISTS', FLAG) }

@@ -1,0 +1,134 @@
+"""One job's way through the limits of the providers it may ask."""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+
+from deltafan._request import JobRequest
+from deltafan_worker._claim import Claim
+from deltafan_worker._ending import CallMeter
+from deltafan_worker._limits import FleetLimits, Grant, Lot, Size, Used, group_of
+from deltafan_worker._route import Route
+from deltafan_worker._upstream_error import UpstreamError
+from deltafan_worker._usage import normalise
+
+LONGEST_WAIT_S = 60.0
+"""An interactive job that has begun holds its slot for no longer, waiting for room to call again."""
+_LOOK_S = 1.0
+
+
+class MustWait(Exception):
+    """A batch job is to give its slot back until there is room in `lot`."""
+
+    def __init__(self, lot: Lot) -> None:
+        self.lot = lot
+        super().__init__(lot.group)
+
+
+class Admission:
+    """What a job may still call, and what it has called.
+
+    Where nobody has set limits, and no provider has asked for less, nothing is asked.
+    """
+
+    def __init__(self, limits: FleetLimits, claim: Claim, request: JobRequest, *, quota_pause_s: float) -> None:
+        self._limits = limits
+        self._claim = claim
+        self.is_patient = request.lane == "batch"
+        self._request = request
+        self._quota_pause_s = quota_pause_s
+        self._unused = claim.grant
+        self._running: Grant | None = None
+        self._size: Size | None = None
+
+    async def choose(self, routes: Sequence[Route]) -> Sequence[Route]:
+        """The routes, those first that have room.
+
+        Raises:
+            MustWait: none has; nothing was begun, so the job can wait in line for the first.
+        """
+        first: Lot | None = None
+        for index, route in enumerate(routes):
+            if not self._is_limited(route) or self._has_grant(route):
+                return [*routes[index:], *routes[:index]]
+            answer = await self._ask(route, in_line=True)
+            if isinstance(answer, Grant):
+                self._unused = answer
+                return [*routes[index:], *routes[:index]]
+            first = first or answer
+        if first is not None:
+            raise MustWait(first)
+        return routes
+
+    async def enter(self, route: Route) -> None:
+        """Count a call that is about to be made.
+
+        Raises:
+            MustWait: a batch job has to wait.
+            UpstreamError: an interactive one had to wait for too long.
+        """
+        if self._has_grant(route):
+            self._running, self._unused = self._unused, None
+            return
+        if not self._is_limited(route):
+            return
+        waited_until = time.monotonic() + LONGEST_WAIT_S
+        while isinstance(answer := await self._ask(route, in_line=False), Lot):
+            if self.is_patient:
+                raise MustWait(answer)
+            if time.monotonic() > waited_until:
+                message = f"no room within the limits of {answer.group} for {LONGEST_WAIT_S:g} s"
+                raise UpstreamError(code="limit_reached", message=message, retryable=True)
+            await asyncio.sleep(_LOOK_S * (0.5 + random.random()))
+        self._running = answer
+
+    def leave(self, meter: CallMeter, *, answered: bool) -> None:
+        """Tell what the call used."""
+        grant, self._running = self._running, None
+        if grant is None:
+            return
+        counts = normalise(meter.raw_usage) if meter.raw_usage is not None else None
+        used = Used(None, None, answered)
+        if counts is not None and counts.total_tokens is not None:
+            used = Used(counts.total_tokens, counts.output_tokens, answered)
+        self._limits.settle(grant, self._claim.job_id, used)
+
+    def give_back(self) -> None:
+        """Nothing was called after all."""
+        grant, self._unused = self._unused, None
+        if grant is not None:
+            self._limits.settle(grant, self._claim.job_id, Used(0, None, answered=False))
+
+    def refused(self, route: Route, error: UpstreamError, pause_s: float) -> None:
+        """The provider has asked for less, or for money: let batch jobs leave it alone for a while."""
+        if error.is_rate_limit or error.is_exhausted:
+            pause_s = self._quota_pause_s if error.is_exhausted else pause_s
+            words = f"{error.code}: {error.message}"
+            self._limits.refused(route, exhausted=error.is_exhausted, pause_s=pause_s, words=words)
+            self._claim.limited = True
+
+    def step_aside(self, route: Route, error: UpstreamError) -> None:
+        """The last provider has failed; that it asks for less need not fail the job.
+
+        Raises:
+            MustWait: a batch job can wait for it.
+        """
+        if self.is_patient and (error.is_rate_limit or error.is_exhausted):
+            raise MustWait(Lot(group=group_of(route), tokens=self._sized().input_tokens))
+
+    def _is_limited(self, route: Route) -> bool:
+        return bool(route.limits) or bool(route.provider_limits) or self._claim.limited
+
+    def _has_grant(self, route: Route) -> bool:
+        return self._unused is not None and self._unused.group == group_of(route)
+
+    def _sized(self) -> Size:
+        if self._size is None:
+            self._size = Size.of(self._request.body)
+        return self._size
+
+    async def _ask(self, route: Route, *, in_line: bool) -> Grant | Lot:
+        line = self._claim.queue if in_line else ""
+        urgent = not self.is_patient
+        return await self._limits.ask(route, self._sized(), self._claim.job_id, urgent=urgent, line=line)
