@@ -25,6 +25,7 @@ from deltafan._errors import (
 )
 from deltafan._events import Event, Failure
 from deltafan._fold import Fold, Generation, ToolCall, fold
+from deltafan._limits import Limit
 from deltafan._position import Position
 from deltafan._producer import Job, Producer
 from deltafan._request import check_request
@@ -46,6 +47,7 @@ __all__ = [
     "JobEnded",
     "JobFailed",
     "JobNotFound",
+    "Limit",
     "Position",
     "Producer",
     "ProtocolError",

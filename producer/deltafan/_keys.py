@@ -75,6 +75,16 @@ class Keys:
         """Start of the hashes of what providers and their models allow, and of what is used of it."""
         return f"{self.prefix}:limit:"
 
+    @property
+    def limited(self) -> str:
+        """Set: names of providers and `provider/model` for which there is such a hash."""
+        return f"{self.prefix}:limits"
+
+    @staticmethod
+    def lot(queue: str, name: str) -> str:
+        """Sorted set: jobs of a queue that wait for the limits of `provider/model`."""
+        return f"{queue}:lot:{name}"
+
     def batch(self, batch_id: str) -> str:
         """Hash: how far a batch is."""
         return f"{self.prefix}:batch:{batch_id}"

@@ -17,6 +17,7 @@ from deltafan._client import RedisClient, ScriptCall
 from deltafan._errors import InvalidRequest, JobConflict, JobNotFound, QueueFull, RedisUnavailable
 from deltafan._fold import Generation
 from deltafan._keys import ARQ_IN_PROGRESS, ARQ_JOB, ARQ_RESULT, FAIR_LANE, Keys
+from deltafan._limits import Limit, read_limits
 from deltafan._lua import Script, load
 from deltafan._messages import declares_tools, next_turn
 from deltafan._request import MAX_BODY_BYTES, JobRequest, check_job_id, inherited, job_record, parse_request
@@ -293,6 +294,14 @@ class Producer:
             for id_, flat in zip(ids, found, strict=True)
             if flat
         }
+
+    async def limits(self) -> list[Limit]:
+        """What the fleet keeps of its providers' limits, and who waits for them.
+
+        Raises:
+            RedisUnavailable: the server can not be reached.
+        """
+        return await read_limits(self._queue, self._keys)
 
     def _check(self, fields: Mapping[str, Any]) -> _Submission:
         given = dict(fields)

@@ -1,7 +1,8 @@
 """A worker process that kills itself at a point: `python -m support.dying_worker after:finish`.
 
 A point is `before:` or `after:` a script's call, by the script's name, with `replay` for a `begin` in that mode; or
-`after:append`, when the server has taken the first delta. Nothing of this is in the worker: what runs scripts is replaced here.
+`after:append`, when the server has taken the first delta. Nothing of this is in the worker: what runs scripts is
+replaced here.
 """
 
 import os
@@ -42,7 +43,8 @@ def _mortal(runs: Callable[..., Any], point: str) -> Callable[..., Any]:
 
 def _main(point: str) -> None:
     Publisher.run = _mortal(Publisher.run, point)  # type: ignore[method-assign]
-    _leased.run_script = _limits.run_script = _mortal(run_script, point)
+    for module in (_leased, _limits):
+        vars(module)["run_script"] = _mortal(run_script, point)
     if point == "after:append":
         StreamWriter.on_append = lambda self, reply: _die()  # type: ignore[method-assign]  # noqa: ARG005
     run_worker(load_settings(os.environ), os.environ)

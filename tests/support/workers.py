@@ -42,6 +42,17 @@ continuation = "background"
 [providers.keyed]
 base_url = "{url}"
 api_key_env = "SIM_KEY"
+[providers.narrow]
+base_url = "{url}"
+limits = {{ requests_per_minute = 3 }}
+[models.roomy]
+provider = ["narrow", "other"]
+[models.tokens]
+provider = "other"
+limits = {{ tokens_per_minute = 1000 }}
+[models.one]
+provider = "other"
+limits = {{ concurrency = 1 }}
 [models.double]
 provider = ["sim", "other"]
 [models.sim]

@@ -12,6 +12,7 @@ for i, name in ipairs(scopes_of(group)) do
       s[field] = value
     end
   end
+  keep(s)
 end
 local output = math.min(tonumber(ARGV[5]) or math.huge, scope(group).mean or DEFAULT_OUTPUT)
 local tokens = math.ceil(ARGV[4] + output)

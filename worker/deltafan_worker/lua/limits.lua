@@ -5,7 +5,7 @@
 -- in each of the last seconds (r<second> requests, t<second> tokens) and what the provider has said (closed, quota,
 -- learned).  Any minute lies within 61 such cells, so what stays below a limit in those stays below it in every minute.
 local LIMITS, RESERVE = ARGV[1], tonumber(ARGV[2])
-local FLAG = string.sub(LIMITS, 1, -2)
+local FLAG, KNOWN = string.sub(LIMITS, 1, -2), string.sub(LIMITS, 1, -2) .. 's'
 local CELLS, PACE_S, KEEP_MS, PROBE_MS, DEFAULT_OUTPUT = 61, 5, 3600000, 10000, 500
 
 local function now_ms()
@@ -39,6 +39,13 @@ local function scope(name)
   if #stale > 0 then redis.call('HDEL', s.key, unpack(stale)) end
   scopes[name] = s
   return s
+end
+
+local function keep(s)
+  local ms = digits(math.max(0, (s.closed or 0) - NOW) + KEEP_MS)
+  redis.call('PEXPIRE', s.key, ms)
+  redis.call('SADD', KNOWN, string.sub(s.key, #LIMITS + 1))
+  redis.call('PEXPIRE', KNOWN, ms)
 end
 
 -- `provider` and `provider/model`: a call counts for both.
@@ -106,7 +113,7 @@ local function charge(group, tokens, urgent, id)
       s.closed = NOW + PROBE_MS
       redis.call('HSET', s.key, 'closed', digits(s.closed))
     end
-    redis.call('PEXPIRE', s.key, math.max(KEEP_MS, (s.closed or 0) - NOW + KEEP_MS))
+    keep(s)
   end
 end
 

@@ -7,6 +7,7 @@ local lot = lot_of(queue, ARGV[3])
 redis.call('ZADD', lot, 'NX', ARGV[7], id)
 redis.call('HSET', lot .. ':tokens', id, ARGV[4])
 redis.call('SADD', queue .. ':lots', ARGV[3])
+keep(scope(ARGV[3]))
 for _, key in ipairs({ lot, lot .. ':tokens', queue .. ':lots' }) do redis.call('PEXPIRE', key, 3 * KEEP_MS) end
 -- Waiting, to arq; and should the lot be lost, it comes back by itself.
 redis.call('ZADD', queue, 'XX', digits(math.min(NOW + KEEP_MS, tonumber(ARGV[8]) or math.huge)), id)

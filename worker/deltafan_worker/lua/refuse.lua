@@ -10,5 +10,6 @@ elseif s.r > 0 and (s.learned_ms or 0) < NOW - PACE_S * 1000 then -- refusals th
   local learned = 0.7 * math.min(s.r, requests_per_minute(s) or s.r)
   redis.call('HSET', s.key, 'learned', string.format('%.1f', math.max(6, learned)), 'learned_ms', digits(NOW))
 end
-redis.call('PEXPIRE', s.key, closed - NOW + KEEP_MS)
+s.closed = closed
+keep(s)
 redis.call('SET', FLAG, 1, 'PX', digits(math.max(600000, closed - NOW + 60000)))

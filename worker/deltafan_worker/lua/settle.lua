@@ -6,17 +6,18 @@ local more = (tonumber(ARGV[7]) or counted) - counted
 local freed = 0
 for _, name in ipairs(scopes_of(group)) do
   local key = LIMITS .. name
-  if more > 0 then
-    redis.call('HINCRBY', key, 't' .. digits(SECOND), more)
-  elseif more < 0 and counted_in > SECOND - CELLS then
-    redis.call('HINCRBY', key, 't' .. digits(counted_in), more)
-  end
   freed = freed + redis.call('SREM', key .. ':running', id)
-  if ARGV[9] == '1' and redis.call('HDEL', key, 'quota') == 1 then redis.call('HDEL', key, 'closed') end
-  redis.call('PEXPIRE', key, KEEP_MS)
+  if redis.call('EXISTS', key) == 1 then
+    if more > 0 then
+      redis.call('HINCRBY', key, 't' .. digits(SECOND), more)
+    elseif more < 0 and counted_in > SECOND - CELLS then
+      redis.call('HINCRBY', key, 't' .. digits(counted_in), more)
+    end
+    if ARGV[9] == '1' and redis.call('HDEL', key, 'quota') == 1 then redis.call('HDEL', key, 'closed') end
+  end
 end
-if ARGV[8] ~= '' then
-  local mean = tonumber(redis.call('HGET', LIMITS .. group, 'mean') or ARGV[8])
+local mean = tonumber(redis.call('HGET', LIMITS .. group, 'mean') or ARGV[8])
+if mean and ARGV[8] ~= '' and redis.call('EXISTS', LIMITS .. group) == 1 then
   redis.call('HSET', LIMITS .. group, 'mean', string.format('%.1f', mean + (ARGV[8] - mean) / 16))
 end
 if freed == 0 then return end

@@ -1,0 +1,83 @@
+"""How lanes share a worker's slots."""
+
+from collections import Counter
+
+import pytest
+
+from deltafan_worker._lanes import Shares, Slots
+
+INTERACTIVE, BATCH = 1, 2
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def first_come(slots: Slots, waiting: dict[int, int], running: Counter[int]) -> Counter[int]:
+    """What a claim takes, as the script does: each pass up to its bound, all together up to the room."""
+    taken: Counter[int] = Counter()
+    room = 10 - sum(running.values())
+    for index, most in slots.passes(running):
+        taken[index] += max(
+            0, min(most - taken[index], waiting.get(index, 0) - taken[index], room - sum(taken.values()))
+        )
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "share", "free"), [(10, 0.1, 1), (100, 0.25, 25), (3, 0.1, 1), (1, 0.5, 0), (4, 0.0, 0)]
+)
+def test_batch_takes_what_is_idle_but_a_share(concurrency: int, share: float, free: int) -> None:
+    slots = Slots(2, concurrency, Shares(interactive=share))
+    assert dict(slots.passes(Counter()))[BATCH] == concurrency - free
+    if concurrency > free:
+        assert slots.passes(Counter({BATCH: concurrency - free})) == ([(INTERACTIVE, free)] if free else [])
+
+
+def test_interactive_jobs_may_fill_all_slots_and_go_first() -> None:
+    slots = Slots(2, 10, Shares())
+    assert slots.passes(Counter())[0] == (INTERACTIVE, 10)
+    assert first_come(slots, {INTERACTIVE: 50, BATCH: 50}, Counter()) == {INTERACTIVE: 10, BATCH: 0}
+    assert first_come(slots, {INTERACTIVE: 2, BATCH: 50}, Counter()) == {INTERACTIVE: 2, BATCH: 8}
+
+
+def test_batch_jobs_that_waited_long_enough_go_first_up_to_their_share() -> None:
+    clock = Clock()
+    slots = Slots(2, 10, Shares(batch=0.2, patience_s=5), clock)
+    full = Counter({INTERACTIVE: 10})
+    slots.note(full, [1, 1])
+    clock.now_s += 4.9
+    assert first_come(slots, {INTERACTIVE: 50, BATCH: 50}, Counter({INTERACTIVE: 7}))[BATCH] == 0
+    slots.note(full, [1, 1])
+    clock.now_s += 0.1
+    assert first_come(slots, {INTERACTIVE: 50, BATCH: 50}, Counter({INTERACTIVE: 7})) == {BATCH: 2, INTERACTIVE: 1}
+    assert first_come(slots, {INTERACTIVE: 50, BATCH: 50}, Counter({INTERACTIVE: 6, BATCH: 1}))[BATCH] == 1
+    slots.note(Counter({INTERACTIVE: 8, BATCH: 2}), [1, 1])
+    assert first_come(slots, {INTERACTIVE: 50, BATCH: 50}, Counter({INTERACTIVE: 8}))[BATCH] == 0, (
+        "patience begins anew"
+    )
+
+
+def test_a_worker_of_one_slot_serves_both_in_the_end() -> None:
+    clock = Clock()
+    slots = Slots(2, 1, Shares(interactive=0.5, batch=0.1, patience_s=1), clock)
+    assert slots.passes(Counter()) == [(INTERACTIVE, 1), (BATCH, 1)]
+    slots.note(Counter({INTERACTIVE: 1}), [1, 1])
+    clock.now_s += 1
+    assert slots.passes(Counter())[0] == (BATCH, 1)
+
+
+def test_without_a_share_batch_jobs_wait_for_ever() -> None:
+    clock = Clock()
+    slots = Slots(2, 10, Shares(batch=0), clock)
+    slots.note(Counter({INTERACTIVE: 10}), [1, 1])
+    clock.now_s += 1e6
+    assert slots.passes(Counter({INTERACTIVE: 9})) == [(INTERACTIVE, 1), (BATCH, 1)]
+    assert first_come(slots, {INTERACTIVE: 50, BATCH: 50}, Counter({INTERACTIVE: 9}))[BATCH] == 0
+
+
+def test_one_lane_alone_has_all_slots() -> None:
+    assert Slots(1, 10, Shares(interactive=0.5)).passes(Counter({1: 4})) == [(1, 6)]
