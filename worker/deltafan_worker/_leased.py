@@ -106,14 +106,12 @@ class LeasedWorker(Worker):
         self.process = uuid4().hex[:12]
         self.claims: dict[str, Claim] = {}
         self.ctx["claims"] = self.claims
-        self._options = options
+        self._options, self._keys, self._on_unrun = options, keys, on_unrun
         self._queues = tuple(options.queues)
         self._lease_ms = int(options.lease_s * 1000)
-        self._keys = keys
         self._limits = limits or FleetLimits(pool, keys, self._queues, reserve=options.shares.interactive)
         self._slots = Slots(len(self._queues), options.concurrency, options.shares)
         self._passes: list[Pass] = []
-        self._on_unrun = on_unrun
         self._lease_lock = asyncio.Lock()
         self._slot_freed = asyncio.Event()
         self._draining = asyncio.Event()
