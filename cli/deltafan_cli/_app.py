@@ -21,6 +21,7 @@ from deltafan import (
     RedisUnavailable,
     UsageRecord,
 )
+from deltafan.batch import BadInput
 from deltafan_cli._batch_app import batch_app
 from deltafan_cli._commands import AsJson, await_, consumer_of, producer_of, read_settings
 from deltafan_cli._view import EventPrinter, err, out, print_json, show_result, usage_table
@@ -49,7 +50,7 @@ def run() -> None:
         app()
     except InvalidRequest as error:
         _fail(str(error), EXIT_MISUSED)
-    except SettingsError as error:
+    except (SettingsError, BadInput) as error:
         _fail(str(error), EXIT_MISUSED)
     except RedisUnavailable as error:
         _fail(

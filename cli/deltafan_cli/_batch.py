@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+import random
 import shutil
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import aclosing, contextmanager, nullcontext
+from contextlib import aclosing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,32 +17,53 @@ from typing import Any
 from rich.live import Live
 from rich.table import Table
 
-from deltafan import Consumer, InvalidRequest, Producer
+from deltafan import Consumer, InvalidRequest, Limit, Producer, RedisUnavailable
+from deltafan._background import background
 from deltafan.batch import Batch, BatchFiles, Outcome
+from deltafan_cli._estimate import Estimate, money
 from deltafan_cli._view import err, out, print_json
+from deltafan_config import Catalogue
 
 EXIT_PARTLY = 3
 REPORT_S = 2.0
+UNHEARD_S = 10 * REPORT_S
+"""A runner that has said nothing for so long is dead, or its machine is cut off."""
 _SAMPLES = 20_000
 """Latencies that the percentiles are taken from; more would only cost memory."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """How far a run is."""
+    """How far a run is. Tokens and cost are of all runs of the batch."""
 
     rows: int
     answered_before: int
+    cost: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """By currency."""
+    tokens: Counter[str] = field(default_factory=Counter)
+    tokens_before: int = 0
     answered: int = 0
     failed: int = 0
-    output_tokens: int = 0
-    input_tokens: int = 0
-    cost: float = 0.0
-    currency: str = ""
     in_flight: int = 0
     started_s: float = field(default_factory=time.monotonic)
     errors: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, files: BatchFiles) -> "Tally":
+        """Where earlier runs have left it."""
+        spent, tokens = defaultdict(float, files.spent), Counter(files.tokens)
+        return cls(files.rows, files.answered, spent, tokens, tokens["output_tokens"])
+
+    @property
+    def ended(self) -> int:
+        """Rows of this run that have ended."""
+        return self.answered + self.failed
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every row has an answer."""
+        return self.answered_before + self.answered == self.rows
 
     def add(self, outcome: Outcome) -> None:
         """Count a row."""
@@ -52,28 +74,33 @@ class Tally:
             self.errors[outcome.error_code or "unknown"] += 1
         if len(self.seconds) < _SAMPLES:
             self.seconds.append(outcome.seconds)
+        elif (place := random.randrange(self.ended)) < _SAMPLES:  # so that each row is as likely to be a sample
+            self.seconds[place] = outcome.seconds
         if (usage := outcome.generation.usage) is not None:
-            self.input_tokens += usage.input_tokens or 0
-            self.output_tokens += usage.output_tokens or 0
-            self.cost += usage.cost or 0.0
-            self.currency = usage.currency or self.currency
+            self.tokens.update(input_tokens=usage.input_tokens or 0, output_tokens=usage.output_tokens or 0)
+            if usage.currency:
+                self.cost[usage.currency] += usage.cost or 0.0
+
+    def reaches(self, limit_cost: float) -> bool:
+        """Whether any currency's cost is over the limit once what is in flight has cost as much as the rows before."""
+        rows_ended = self.answered_before + self.ended
+        with_in_flight = 1 + self.in_flight / max(1, rows_ended)
+        return any(cost * with_in_flight >= limit_cost for cost in self.cost.values())
 
     def progress(self) -> dict[str, Any]:
         """The figures, as other machines and `--json` get them."""
         elapsed_s = max(time.monotonic() - self.started_s, 1e-6)
-        ended = self.answered + self.failed
-        left = self.rows - self.answered_before - ended
+        left = self.rows - self.answered_before - self.ended
         return {
             "rows": self.rows,
             "answered": self.answered_before + self.answered,
             "failed": self.failed,
             "running": self.in_flight,
-            "tokens_per_s": round(self.output_tokens / elapsed_s, 1),
-            "input_tokens": self.input_tokens,
-            "output_tokens": self.output_tokens,
-            "cost": round(self.cost, 6),
-            "currency": self.currency,
-            "left_s": round(left * elapsed_s / ended) if ended and left else 0,
+            "tokens_per_s": round((self.tokens["output_tokens"] - self.tokens_before) / elapsed_s, 1),
+            "input_tokens": self.tokens["input_tokens"],
+            "output_tokens": self.tokens["output_tokens"],
+            "cost": {currency: round(cost, 6) for currency, cost in self.cost.items()},
+            "left_s": round(left * elapsed_s / self.ended) if self.ended and left else 0,
         }
 
     def percentile(self, percent: float) -> float:
@@ -89,6 +116,7 @@ class Request:
     source: Path | None
     """None: standard input."""
     output: Path | None
+    """None: standard output."""
     errors: Path | None
     model: str | None
     batch_id: str | None
@@ -97,67 +125,91 @@ class Request:
     tenant: str | None
     limit_cost: float | None
     as_json: bool
+    max_body_bytes: int
 
 
-def check_batch(request: Request) -> int:
+def check_batch(request: Request, catalogue: Catalogue) -> int:
     """Read everything, send nothing."""
-    with _opened(request) as files:
+    estimate = Estimate(catalogue)
+    with _opened(request, estimate, check_only=True) as files:
         left = files.rows - files.answered
-        out.print(f"{files.rows:,} rows, all usable; {left:,} without an answer; batch {files.batch_id}")
+        out.print(f"{files.rows:,} rows, all usable; {left:,} without an answer; batch {files.batch_id}", markup=False)
+    for line in estimate.lines():
+        out.print(line, markup=False)
     return 0
 
 
-async def run_batch(request: Request, producer: Producer, consumer: Consumer) -> int:
+async def run_batch(request: Request, producer: Producer, consumer: Consumer, catalogue: Catalogue) -> int:
     """Run what has no answer yet. Returns the exit code."""
-    with _opened(request) as files:
-        tally = Tally(files.rows, files.answered)
+    estimate = Estimate(catalogue)
+    with _opened(request, estimate) as files:
+        tally, state = Tally.of(files), "interrupted"
         batch = Batch(
             producer,
             consumer,
             batch_id=files.batch_id,
             window=request.window,
             tenant=request.tenant,
-            job_id=files.job_id,
+            tries=files.tries,
         )
+        await producer.report_batch(files.batch_id, _fields(tally, "running"), is_first=True)
         err.print(f"batch {files.batch_id}: {files.rows:,} rows, {files.answered:,} answered before", markup=False)
-        state = "completed"
-        async with asyncio.TaskGroup() as tasks:
-            reporting = tasks.create_task(_report(tally, batch, producer, files.batch_id, request))
-            async with aclosing(batch.run(files.pending(), ordered=request.ordered)) as outcomes:
-                async for outcome in outcomes:
-                    files.write(outcome)
-                    tally.add(outcome)
-                    if request.limit_cost is not None and tally.cost >= request.limit_cost:
-                        state = "stopped at the limit of its cost"
-                        batch.stop()
-            reporting.cancel()
-        is_whole = tally.answered_before + tally.answered == tally.rows
-        if batch.cancelled:
-            state = "cancelled"
-        await producer.report_batch(files.batch_id, {**tally.progress(), "status": state})
+        for line in estimate.lines():
+            err.print(line, markup=False)
+        try:
+            async with background(_report(tally, batch, producer, files.batch_id, request), "report"):
+                state = await _run(batch, files, tally, request)
+        except asyncio.CancelledError:
+            err.print("interrupted; the same command goes on from here")
+            raise
+        finally:
+            with suppress(RedisUnavailable):
+                await producer.report_batch(files.batch_id, _fields(tally, state))
     _summary(tally, state, request)
-    return 0 if is_whole else EXIT_PARTLY
+    return 0 if tally.is_whole else EXIT_PARTLY
+
+
+async def _run(batch: Batch, files: BatchFiles, tally: Tally, request: Request) -> str:
+    is_over = False
+    async with aclosing(batch.run(files.pending(), ordered=request.ordered)) as outcomes:
+        async for outcome in outcomes:
+            files.write(outcome)
+            tally.in_flight = len(batch.in_flight)
+            tally.add(outcome)
+            if request.limit_cost is not None and not is_over and tally.reaches(request.limit_cost):
+                is_over = True
+                batch.stop()
+    if tally.is_whole:
+        return "completed"
+    if batch.cancelled:
+        return "cancelled"
+    return "stopped at the limit of its cost" if is_over else "completed with failures"
 
 
 @contextmanager
-def _opened(request: Request) -> Iterator[BatchFiles]:
+def _opened(request: Request, estimate: Estimate, *, check_only: bool = False) -> Iterator[BatchFiles]:
     with TemporaryDirectory(prefix="deltafan-batch-") as folder:
-        source, output = request.source, request.output
+        source, output, errors = request.source, request.output, request.errors
         if source is not None and not source.is_file():
             raise InvalidRequest("input", f"there is no file {source}")
         if source is None:
             source = Path(folder) / "input.jsonl"
             with source.open("wb") as spool:
                 shutil.copyfileobj(sys.stdin.buffer, spool)
-        target = output or Path(folder) / "output.jsonl"
-        errors = request.errors or (
-            output.with_name(output.name + ".errors") if output else Path(folder) / "errors.jsonl"
-        )
-        with BatchFiles.open(source, target, errors, model=request.model, batch_id=request.batch_id) as files:
+        with BatchFiles.open(
+            source,
+            output or sys.stdout.buffer,
+            errors or (output.with_name(output.name + ".errors") if output else sys.stderr.buffer),
+            model=request.model,
+            batch_id=request.batch_id,
+            max_body_bytes=request.max_body_bytes,
+            check_only=check_only,
+            on_row=estimate.add,
+        ) as files:
+            if request.limit_cost is not None and estimate.unpriced:
+                model = next(iter(estimate.unpriced))
+                raise InvalidRequest("limit_cost", f"model {model} has no price in the catalogue, so it can not hold")
             yield files
-        if output is None:
-            with target.open("rb") as answers:
-                shutil.copyfileobj(answers, sys.stdout.buffer)
 
 
 async def _report(tally: Tally, batch: Batch, producer: Producer, batch_id: str, request: Request) -> None:
@@ -165,32 +217,55 @@ async def _report(tally: Tally, batch: Batch, producer: Producer, batch_id: str,
     with Live(console=err, auto_refresh=False, transient=True) if err.is_terminal else nullcontext() as live:
         while True:
             tally.in_flight = len(batch.in_flight)
-            progress = tally.progress()
+            progress, waits = tally.progress(), "Redis can not be reached; waiting"
+            with suppress(RedisUnavailable):
+                waits = _waits(await producer.limits())
+                if await producer.report_batch(batch_id, {**_fields(tally, "running"), "waits": waits}):
+                    await batch.cancel()
             if live is not None:
-                live.update(_bar(progress), refresh=True)
+                live.update(_bar(progress, waits), refresh=True)
             elif not request.as_json:
-                err.print(_line(progress), markup=False)
-            if await producer.report_batch(batch_id, {**progress, "status": "running"}):
-                await batch.cancel()
+                err.print(_line(progress, waits), markup=False)
             await asyncio.sleep(REPORT_S)
 
 
-def _line(progress: Mapping[str, Any]) -> str:
+def _fields(tally: Tally, status: str) -> dict[str, Any]:
+    progress = tally.progress()
+    return {**progress, "cost": json.dumps(progress["cost"]), "status": status, "waits": ""}
+
+
+def _waits(limits: list[Limit]) -> str:
+    """Why batch jobs wait, if they do."""
+    reasons = []
+    for limit in limits:
+        waiting = limit.waiting["batch"]
+        if limit.closed_s > 0 and limit.reason is not None:
+            reasons.append(f"{limit.name} is paused, trying again in {limit.closed_s:.0f} s: {limit.reason}")
+        elif limit.closed_s > 0:
+            reasons.append(f"{limit.name} has asked for less, going on in {limit.closed_s:.0f} s")
+        elif waiting:
+            reasons.append(f"{waiting:,} wait for the limits of {limit.name}")
+    return "; ".join(reasons)
+
+
+def _line(progress: Mapping[str, Any], waits: str) -> str:
     ended = progress["answered"] + progress["failed"]
     parts = [f"{ended:,} of {progress['rows']:,} ({progress['failed']:,} failed, {progress['running']:,} running)"]
     parts.append(f"{progress['tokens_per_s']:,} tokens/s")
-    if progress["currency"]:
-        parts.append(f"{progress['cost']:.4f} {progress['currency']}")
+    if progress["cost"]:
+        parts.append(money(progress["cost"]))
     if progress["left_s"]:
         parts.append(f"about {progress['left_s']:,} s left")
+    if waits:
+        parts.append(waits)
     return ", ".join(parts)
 
 
-def _bar(progress: Mapping[str, Any]) -> Table:
+def _bar(progress: Mapping[str, Any], waits: str) -> Table:
     width = 30
     done = int(width * (progress["answered"] + progress["failed"]) / max(1, progress["rows"]))
     table = Table.grid(padding=(0, 1))
-    table.add_row("█" * done + "░" * (width - done), _line(progress))
+    table.add_row("█" * done + "░" * (width - done), _line(progress, waits))
     return table
 
 
@@ -207,8 +282,8 @@ def _summary(tally: Tally, state: str, request: Request) -> None:
     table.add_row(
         "failed", f"{tally.failed:,}" + "".join(f"  {code}: {n:,}" for code, n in tally.errors.most_common(5))
     )
-    table.add_row("tokens", f"{tally.input_tokens:,} in, {tally.output_tokens:,} out")
-    table.add_row("cost", f"{tally.cost:.6f} {tally.currency}" if tally.currency else "no price in the catalogue")
+    table.add_row("tokens", f"{progress['input_tokens']:,} in, {progress['output_tokens']:,} out")
+    table.add_row("cost", money(tally.cost) if tally.cost else "not known")
     table.add_row("latency", ", ".join(f"{name.removesuffix('_s')} {value:g} s" for name, value in latencies.items()))
     err.print(table)
 
@@ -221,25 +296,42 @@ async def batch_status(producer: Producer, batch_id: str | None, *, as_json: boo
         if not found:
             err.print(f"nothing is known of batch {batch_id}: it never ran here, or it is too long ago", markup=False)
             return 1
+    shown = {id_: _shown(fields) for id_, fields in found.items()}
     if as_json:
-        for id_, fields in found.items():
+        for id_, fields in shown.items():
             print_json({"id": id_, **fields})
         return 0
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("batch", "status", "answered", "failed", "running", "cost", "heard of"):
         table.add_column(name, no_wrap=True)
-    for id_, fields in found.items():
-        ago_s = time.time() - float(fields.get("heard_s", 0))
-        counts = [
-            f"{fields.get('answered', '0')} of {fields.get('rows', '?')}",
-            fields.get("failed", "0"),
-            fields.get("running", "0"),
-        ]
-        status = fields.get("status", "?")
-        if status == "running" and ago_s > 10 * REPORT_S:
-            status = "interrupted"
-        table.add_row(
-            id_, status, *counts, f"{fields.get('cost', '0')} {fields.get('currency', '')}", f"{ago_s:.0f} s ago"
-        )
+    for id_, fields in shown.items():
+        answered = f"{fields.get('answered', '0')} of {fields.get('rows', '?')}"
+        counts = [fields.get("failed", "0"), fields.get("running", "0")]
+        table.add_row(id_, fields["status"], answered, *counts, money(fields["cost"]), f"{fields['ago_s']:.0f} s ago")
     out.print(table)
+    for id_, fields in shown.items():
+        if fields["status"] == "running" and fields.get("waits"):
+            out.print(f"{id_}: {fields['waits']}", markup=False)
+    return 0
+
+
+def _shown(fields: Mapping[str, str]) -> dict[str, Any]:
+    ago_s = max(0.0, time.time() - float(fields.get("heard_s", 0)))
+    status = fields.get("status", "?")
+    if status == "running" and ago_s > UNHEARD_S:
+        status = "interrupted"
+    return {**fields, "status": status, "cost": json.loads(fields.get("cost", "{}")), "ago_s": round(ago_s, 1)}
+
+
+async def batch_cancel(producer: Producer, batch_id: str) -> int:
+    """Ask for a batch's end."""
+    ago_s = await producer.cancel_batch(batch_id)
+    if ago_s > UNHEARD_S:
+        err.print(
+            f"batch {batch_id} has no runner: it was last heard of {ago_s:,.0f} s ago. It submits no more; what it has "
+            "submitted runs to its end, and a new run finds those answers",
+            markup=False,
+        )
+        return 1
+    out.print(f"batch {batch_id} is being stopped", markup=False)
     return 0

@@ -2,12 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deltafan_cli._commands import AsJson, await_, consumer_of, producer_of, read_settings
-from deltafan_config import Settings
+from deltafan_config import Catalogue, Settings
+
+if TYPE_CHECKING:
+    from deltafan_cli._batch import Request
 
 batch_app = typer.Typer(no_args_is_help=True, help="Many prompts from a file, through the batch lane.")
 
@@ -18,7 +21,9 @@ def batch_run(
     output: Annotated[
         str, typer.Option("--output", "-o", help="Answers, appended as they come; - for standard output.")
     ],
-    errors: Annotated[Path | None, typer.Option(help="Failed rows; OUTPUT.errors unless told.")] = None,
+    errors: Annotated[
+        Path | None, typer.Option(help="Failed rows; OUTPUT.errors unless told, or standard error.")
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="For rows that name none.")] = None,
     batch_id: Annotated[
         str | None, typer.Option("--id", help="An id of your own; else it is that of the input.")
@@ -26,7 +31,9 @@ def batch_run(
     ordered: Annotated[bool, typer.Option("--ordered", help="Answers in the order of the rows.")] = False,
     window: Annotated[int, typer.Option(min=1, max=100_000, help="Jobs in flight at most.")] = 2000,
     tenant: Annotated[str | None, typer.Option(help="Whom to bill; else the batch's id.")] = None,
-    limit_cost: Annotated[float | None, typer.Option(min=0, help="Submit no more once so much is spent.")] = None,
+    limit_cost: Annotated[
+        float | None, typer.Option(min=0, help="Submit no more once all runs of it cost so much.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Read everything, send nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -34,8 +41,9 @@ def batch_run(
 
     Rows are OpenAI's (custom_id, method, url, body) or short: prompt or messages. Exit code 3: some have no answer.
     """
-    from deltafan_cli._batch import Request, check_batch, run_batch
+    from deltafan_cli._batch import Request
 
+    settings = read_settings()
     request = Request(
         source=None if source == "-" else Path(source),
         output=None if output == "-" else Path(output),
@@ -47,15 +55,23 @@ def batch_run(
         tenant=tenant,
         limit_cost=limit_cost,
         as_json=as_json,
+        max_body_bytes=settings.max_body_bytes,
     )
+    sys.exit(_check_or_run(request, settings, check=check))
+
+
+def _check_or_run(request: "Request", settings: Settings, *, check: bool) -> int:
+    from deltafan_cli._batch import check_batch, run_batch
+
+    catalogue = Catalogue.load(settings.models)
     if check:
-        sys.exit(check_batch(request))
+        return check_batch(request, catalogue)
 
-    async def work(given: Settings) -> int:
-        async with producer_of(given) as producer, consumer_of(given) as consumer:
-            return await run_batch(request, producer, consumer)
+    async def work() -> int:
+        async with producer_of(settings) as producer, consumer_of(settings) as consumer:
+            return await run_batch(request, producer, consumer, catalogue)
 
-    sys.exit(await_(work(read_settings())))
+    return await_(work())
 
 
 @batch_app.command("status")
@@ -82,10 +98,10 @@ def batch_list(as_json: AsJson = False) -> None:
 @batch_app.command("cancel")
 def batch_cancel(batch_id: Annotated[str, typer.Argument(help="As `batch list` shows it.")]) -> None:
     """End a batch: no more rows are submitted, and those in flight are cancelled."""
+    from deltafan_cli import _batch
 
-    async def work(given: Settings) -> None:
+    async def work(given: Settings) -> int:
         async with producer_of(given) as producer:
-            await producer.cancel_batch(batch_id)
+            return await _batch.batch_cancel(producer, batch_id)
 
-    await_(work(read_settings()))
-    print(f"batch {batch_id} is being stopped")
+    sys.exit(await_(work(read_settings())))

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 import orjson
 
+from deltafan._batches import Batches
 from deltafan._client import RedisClient, ScriptCall
 from deltafan._errors import InvalidRequest, JobConflict, JobNotFound, QueueFull, RedisUnavailable
 from deltafan._fold import Generation
@@ -21,7 +22,7 @@ from deltafan._limits import Limit, read_limits
 from deltafan._lua import Script, load
 from deltafan._messages import declares_tools, next_turn
 from deltafan._request import MAX_BODY_BYTES, JobRequest, check_job_id, inherited, job_record, parse_request
-from deltafan._resp import Reply, pack, raise_error
+from deltafan._resp import Reply, pack
 from deltafan._retention import Retention
 from deltafan._url import masked_url
 
@@ -81,6 +82,7 @@ class Producer:
         self._replicas = replicas
         self._replicas_timeout_ms = replicas_timeout_ms
         self._max_queued = max_queued
+        self._batches = Batches(queue, keys, retention)
 
     @classmethod
     @asynccontextmanager
@@ -257,43 +259,28 @@ class Producer:
         await self._streams.call("PUBLISH", self._keys.cancels, job_id)
         return "cancelled" if answer[0] == b"CANCELLED" else "requested"
 
-    async def report_batch(self, batch_id: str, progress: Mapping[str, Any]) -> bool:
-        """Let other machines see how far a batch is (`batches`). Returns whether its end was asked for."""
-        key, now_s = self._keys.batch(check_job_id(batch_id)), time.time()
-        flat = [part for item in progress.items() for part in item]
-        replies = await self._queue.pipeline(
-            [
-                pack("HSET", key, "heard_s", round(now_s, 3), *flat),
-                pack("PEXPIRE", key, self._retention.state_ms),
-                pack("ZADD", self._keys.batches, now_s, batch_id),
-                pack("ZREMRANGEBYSCORE", self._keys.batches, "-inf", now_s - self._retention.state_ms / 1000),
-                pack("PEXPIRE", self._keys.batches, self._retention.state_ms),
-                pack("HEXISTS", key, "cancel"),
-            ]
-        )
-        return bool(raise_error(replies[-1]))
+    async def report_batch(self, batch_id: str, progress: Mapping[str, Any], *, is_first: bool = False) -> bool:
+        """Let other machines see how far a batch is (`batches`). Returns whether its end was asked for.
 
-    async def cancel_batch(self, batch_id: str) -> None:
+        A run's first report forgets what was asked of earlier ones. `progress["status"]` is `running` until the last.
+        """
+        return await self._batches.report(check_job_id(batch_id, "batch_id"), progress, is_first=is_first)
+
+    async def cancel_batch(self, batch_id: str) -> float:
         """Ask for a batch's end: its runner submits no more, and cancels what is in flight.
+
+        Returns how many seconds ago the runner was last heard of. One that is dead hears nothing: what it has
+        submitted runs to its end.
 
         Raises:
             JobNotFound: nothing is known of the batch.
+            InvalidRequest: it is not running.
         """
-        key = self._keys.batch(check_job_id(batch_id))
-        known, _ = await self._queue.pipeline([pack("EXISTS", key), pack("HSETNX", key, "cancel", 1)])
-        if not known:
-            await self._queue.call("DEL", key)
-            raise JobNotFound(batch_id)
+        return await self._batches.cancel(check_job_id(batch_id, "batch_id"))
 
     async def batches(self) -> dict[str, dict[str, str]]:
         """What is known of each batch, the one last heard of first."""
-        ids = [raw.decode() for raw in await self._queue.call("ZREVRANGE", self._keys.batches, 0, 999)]
-        found = await self._queue.pipeline([pack("HGETALL", self._keys.batch(id_)) for id_ in ids])
-        return {
-            id_: {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
-            for id_, flat in zip(ids, found, strict=True)
-            if flat
-        }
+        return await self._batches.all()
 
     async def limits(self) -> list[Limit]:
         """What the fleet keeps of its providers' limits, and who waits for them.

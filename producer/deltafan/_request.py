@@ -157,23 +157,23 @@ def parse_request(fields: Mapping[str, Any], *, max_body_bytes: int = MAX_BODY_B
     return request
 
 
-def check_request(**fields: Any) -> None:
-    """Check the arguments of a submit without submitting: nothing is sent.
+def check_request(*, max_body_bytes: int | None = None, **fields: Any) -> None:
+    """Check the arguments of a submit without submitting: nothing is sent. Without a limit a producer's default holds.
 
     Raises:
         InvalidRequest: which one is wrong and why.
     """
-    parse_request(fields)
+    parse_request(fields, max_body_bytes=max_body_bytes or MAX_BODY_BYTES)
 
 
-def check_job_id(job_id: str) -> str:
+def check_job_id(job_id: str, field: str = "job_id") -> str:
     """Give a usable id back.
 
     Raises:
         InvalidRequest: it has characters that a key can not hold, or is too long.
     """
     if not isinstance(job_id, str) or _JOB_ID.fullmatch(job_id) is None:
-        raise InvalidRequest("job_id", f"{str(job_id)[:80]!r} is not 1 to 64 of A-Z, a-z, 0-9, _ and -")
+        raise InvalidRequest(field, f"{str(job_id)[:80]!r} is not 1 to 64 of A-Z, a-z, 0-9, _ and -")
     return job_id
 
 

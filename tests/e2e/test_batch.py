@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from deltafan.testing import Answer, Gap, Refuse, ScriptedUpstream, Text, scripted_upstream
+from support.valkey import Valkey
 from support.waiting import wait_until
 from support.workers import running_worker, settings_env, worker_process
 
@@ -142,3 +143,100 @@ async def test_another_machine_cancels_it(env: dict[str, str], upstream: Scripte
         ended = await running
     assert ended.returncode == 3
     assert "batch cancelled" in ended.stderr
+
+
+def batch(env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "deltafan_cli", "batch", *args]
+    return subprocess.run(program, check=False, env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+
+
+async def test_only_one_run_at_a_time_writes_an_output(
+    env: dict[str, str], upstream: ScriptedUpstream, rows: Path
+) -> None:
+    gate = asyncio.Event()
+    upstream.standing = Answer([gate, Text("Hello")])
+    async with running_worker(env):
+        first = asyncio.create_task(run(rows, env))
+        await wait_until(lambda: upstream.requests, "the first runs")
+        second = await run(rows, env)
+        looked = await run(rows, env, "--check")
+        gate.set()
+        assert (await first).returncode == 0
+    assert (second.returncode, looked.returncode) == (2, 0)
+    assert "another run writes" in second.stderr
+    assert Counter(line["custom_id"] for line in answers(rows)) == {f"r{n}": 1 for n in range(ROWS)}
+
+
+async def test_answers_go_to_standard_output_as_they_come_and_failures_to_standard_error(
+    env: dict[str, str], upstream: ScriptedUpstream, rows: Path
+) -> None:
+    upstream.then(*[Refuse(400, b'{"error": {"message": "no", "code": "invalid_request_error"}}')] * 5)
+    async with running_worker(env):
+        arguments = ("run", "-m", "sim", "-i", str(rows), "-o", "-")
+        first = await asyncio.to_thread(batch, env, *arguments)
+        again = await asyncio.to_thread(batch, env, *arguments)
+    assert (first.returncode, len(first.stdout.splitlines()), first.stderr.count('"message":"no"')) == (3, ROWS - 5, 5)
+    assert (again.returncode, len(again.stdout.splitlines())) == (0, ROWS)
+    assert len(upstream.requests) == ROWS + 5, "answers are taken, failures are tried again"
+
+
+async def test_cost_is_that_of_all_runs(env: dict[str, str], upstream: ScriptedUpstream, rows: Path) -> None:
+    async with running_worker(env):
+        limit = ("--json", "--limit-cost", "0.0005", "--window", "20")
+        first = json.loads((await run(rows, env, *limit)).stdout)
+        again = json.loads((await run(rows, env, *limit)).stdout)
+        whole = json.loads((await run(rows, env, "--json")).stdout)
+        idle = json.loads((await run(rows, env, "--json")).stdout)
+        shown = json.loads((await asyncio.to_thread(batch, env, "list", "--json")).stdout)
+    assert first["cost"]["USD"] >= 0.0004
+    assert again["answered"] - first["answered"] <= 20, "a limit that is reached lets no more than a window go"
+    assert whole["cost"]["USD"] > first["cost"]["USD"]
+    assert idle["cost"] == whole["cost"] == shown["cost"]
+
+
+async def test_a_limit_that_can_not_hold_is_refused_and_costs_are_estimated(
+    env: dict[str, str], upstream: ScriptedUpstream, rows: Path
+) -> None:
+    out = rows.with_name("other.jsonl")
+    refused = await asyncio.to_thread(
+        batch, env, "run", "-m", "one", "-i", str(rows), "-o", str(out), "--limit-cost", "1"
+    )
+    told = await asyncio.to_thread(batch, env, "run", "--check", "-m", "one", "-i", str(rows), "-o", str(out))
+    priced = await run(rows, env, "--check")
+    assert refused.returncode == 2
+    assert "limit_cost: model one has no price" in refused.stderr
+    assert "model one (200 rows) has no price" in told.stdout
+    assert "estimated cost of all rows: input about 0.0" in priced.stdout
+    assert not out.exists()
+
+
+async def test_redis_may_go_away_for_a_while(
+    fresh_valkey: Valkey, upstream: ScriptedUpstream, tmp_path: Path, rows: Path
+) -> None:
+    upstream.standing = Answer([Text("Hello"), Gap(0.05), Text("!")])
+    env = settings_env(fresh_valkey.url, upstream.url, tmp_path, concurrency=4)
+    out, told = rows.with_name("out.jsonl"), tmp_path / "told"
+    with worker_process(env), told.open("wb") as stderr:
+        runner = await asyncio.create_subprocess_exec(*command(rows), env={**os.environ, **env}, stderr=stderr)
+        await wait_until(lambda: out.exists() and out.read_bytes().count(b"\n") >= 10, "some are answered")
+        fresh_valkey.kill()
+        await wait_until(lambda: b"Redis can not be reached" in told.read_bytes(), "the runner says so", timeout_s=40)
+        fresh_valkey.start()
+        assert await asyncio.wait_for(runner.wait(), 60) == 0, told.read_text()
+    assert Counter(line["custom_id"] for line in answers(rows)) == {f"r{n}": 1 for n in range(ROWS)}
+
+
+async def test_wrong_input_ends_in_a_sentence(env: dict[str, str], tmp_path: Path, rows: Path) -> None:
+    cases = {
+        ("-i", str(rows), "-o", str(rows)): "output: ",
+        ("-i", str(rows), "-o", str(tmp_path / "no" / "out")): "output: ",
+        ("-i", str(tmp_path / "none"), "-o", "-"): "input: there is no file",
+        ("-i", str(rows), "-o", str(tmp_path / "out"), "--id", "2026/nightly"): "batch_id: ",
+        ("-i", str(rows), "-o", str(tmp_path / "out"), "--tenant", "x" * 300): "tenant: ",
+    }
+    for arguments, message in cases.items():
+        ended = await asyncio.to_thread(batch, env, "run", "-m", "sim", *arguments)
+        assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
+        assert message in ended.stderr
+    nobody = await asyncio.to_thread(batch, env, "cancel", "nightly")
+    assert (nobody.returncode, nobody.stderr.count("\n")) == (1, 1)

@@ -1,5 +1,6 @@
 """A batch's files: every line that can not be used is named, before anything is sent."""
 
+import base64
 import gzip
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 from openai.types.responses import Response
 
-from deltafan import Failure, Generation, ToolCall, UsageRecord
+from deltafan import Failure, Generation, InvalidRequest, ToolCall, UsageRecord
 from deltafan.batch import BadInput, BatchFiles, Outcome, Row, read_rows
 from deltafan.batch._files import job_id_of
 
@@ -38,14 +39,18 @@ def usage(**fields: Any) -> UsageRecord:
     )
 
 
+def job_of(row: Row, files: BatchFiles) -> str:
+    return job_id_of(files.batch_id, row.custom_id, files.tries(row))
+
+
 def answer(row: Row, files: BatchFiles, content: str = "Hello") -> Outcome:
     generation = Generation(status="completed", content=content, finish_reason="stop", api=row.api)
-    return Outcome(row, files.job_id(row), generation, 1.0)
+    return Outcome(row, job_of(row, files), generation, 1.0)
 
 
 def failure(row: Row, files: BatchFiles) -> Outcome:
     why = Failure("server_error", "down", retryable=True)
-    return Outcome(row, files.job_id(row), Generation(status="failed", failure=why), 1.0)
+    return Outcome(row, job_of(row, files), Generation(status="failed", failure=why), 1.0)
 
 
 def test_rows_in_both_forms(tmp_path: Path) -> None:
@@ -82,10 +87,15 @@ def test_a_compressed_file_is_read_as_well(tmp_path: Path) -> None:
         ({**OPENAI, "custom_id": 7}, "custom_id: is not a text"),
         ({**OPENAI, "custom_id": "x" * 600}, "custom_id: is not a text"),
         ({**OPENAI, "body": []}, "body: is not an object"),
-        ({**OPENAI, "body": {"messages": HI}}, "has no model"),
+        ({**OPENAI, "body": {"messages": HI}}, "model: there is none"),
         ({**OPENAI, "body": {"model": "m"}}, "messages: a non-empty list is needed"),
-        ({"prompt": "Hi", "model": "m", "temperature": 1}, "temperature is no field of a row"),
+        ({"prompt": "Hi", "model": "m", "temperature": 1}, "temperature: is no field of a row"),
         (OPENAI, "custom_id 'a' stands in line 1 already"),
+        ({**OPENAI, "url": []}, "url: only POST to"),
+        ({**OPENAI, "model": "other"}, "model: is given twice, as m and other"),
+        ({**OPENAI, "prompt": "Hi"}, "prompt: is given beside messages"),
+        ({"prompt": "Hi", "messages": HI, "model": "m"}, "prompt: is given beside messages"),
+        ({"prompt": 5, "model": "m"}, "prompt: is not a text"),
     ],
 )
 def test_a_line_that_can_not_be_used_is_named(tmp_path: Path, row: Any, why: str) -> None:
@@ -105,15 +115,15 @@ def test_a_run_takes_up_what_an_earlier_one_left(tmp_path: Path) -> None:
     with BatchFiles.open(*paths) as files:
         batch_id = files.batch_id
         first, second, *_ = files.pending()
-        failed = files.job_id(second)
+        failed = job_of(second, files)
         files.write(answer(first, files))
         files.write(failure(second, files))
-    paths[1].write_bytes(paths[1].read_bytes() + b'{"id": "torn by a de')
+    paths[1].write_bytes(paths[1].read_bytes() + b'{"id":"batch_req_torn by a de')
     with BatchFiles.open(*paths) as files:
         assert (files.batch_id, files.rows, files.answered) == (batch_id, 4, 1)
         assert [row.custom_id for row in files.pending()] == ["r1", "r2", "r3"]
-        assert files.job_id(second) != failed, "what failed is another job the next time"
-        assert files.job_id(first) == job_id_of(batch_id, "r0", 0)
+        assert job_of(second, files) != failed, "what failed is another job the next time"
+        assert job_of(first, files) == job_id_of(batch_id, "r0", 0)
     assert len(paths[1].read_bytes().splitlines()) == 1, "the torn line is gone"
 
 
@@ -129,6 +139,83 @@ def test_another_batchs_output_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no line of a batch's output"), BatchFiles.open(other, out, err):
         pass
     out.write_bytes(before)
+
+
+def test_the_error_file_holds_the_last_failure_of_each_row_without_an_answer(tmp_path: Path) -> None:
+    paths = (write(tmp_path / "in.jsonl", OPENAI, {**OPENAI, "custom_id": "b"}), tmp_path / "out", tmp_path / "err")
+    for _ in range(120):
+        with BatchFiles.open(*paths) as files:
+            for row in files.pending():
+                files.write(failure(row, files))
+    assert [json.loads(line)["custom_id"] for line in paths[2].read_bytes().splitlines()] == ["a", "b"]
+    with BatchFiles.open(*paths) as files:
+        first, second = files.pending()
+        assert files.tries(first) == 120
+        files.write(answer(first, files))
+        files.write(failure(second, files))
+    assert [json.loads(line)["custom_id"] for line in paths[2].read_bytes().splitlines()] == ["b"]
+    with BatchFiles.open(*paths) as files:
+        files.write(answer(second, files))
+    assert not paths[2].exists()
+
+
+def test_looking_changes_nothing(tmp_path: Path) -> None:
+    source, out, err = write(tmp_path / "in.jsonl", OPENAI), tmp_path / "out", tmp_path / "err"
+    with BatchFiles.open(source, out, err, check_only=True) as files:
+        assert (files.rows, files.answered) == (1, 0)
+    assert not out.exists()
+    assert not err.exists()
+    with BatchFiles.open(source, out, err) as files:
+        files.write(answer(next(files.pending()), files))
+        with (
+            pytest.raises(InvalidRequest, match="another run writes"),
+            BatchFiles.open(source, out, tmp_path / "other"),
+        ):
+            pass
+    torn = out.read_bytes() + b'{"id":"batch_req_torn'
+    out.write_bytes(torn)
+    with BatchFiles.open(source, out, err, check_only=True) as files:
+        assert files.answered == 1
+    assert out.read_bytes() == torn
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "Hi"}', "some words", '{"prompt": "Hi"}\n'])
+def test_a_file_of_something_else_is_not_touched(tmp_path: Path, text: str) -> None:
+    other = tmp_path / "prompts.jsonl"
+    other.write_text(text)
+    source = write(tmp_path / "in.jsonl", OPENAI)
+    for output, errors in ((other, tmp_path / "err"), (tmp_path / "out", other)):
+        with pytest.raises(BadInput, match=r"line 1: is no line"), BatchFiles.open(source, output, errors):
+            pass
+    assert other.read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "prompts.jsonl"]
+    with pytest.raises(InvalidRequest, match="is the input already"), BatchFiles.open(source, source, other):
+        pass
+
+
+def test_a_broken_archive_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl.gz"
+    for data in (b"nope", gzip.compress(json.dumps(OPENAI).encode())[:-12]):
+        path.write_bytes(data)
+        with pytest.raises(BadInput, match="can not be unpacked"):
+            list(read_rows(path))
+
+
+def test_speech_sources_and_a_cut_answer_are_in_the_line() -> None:
+    source = {"type": "url_citation", "url": "https://example.org"}
+    generation = Generation(
+        status="completed", content="Hi", pcm=b"\0\0", transcript="Hi", annotations=(source,), finish_reason="length"
+    )
+    chat, response = (
+        json.loads(Outcome(Row(1, "a", "m", api, {}), "j-0", generation, 1.0).line())["response"]["body"]
+        for api in ("chat", "responses")
+    )
+    message = chat["choices"][0]["message"]
+    assert base64.b64decode(message["audio"]["data"]) == generation.audio
+    assert (message["audio"]["transcript"], message["annotations"]) == ("Hi", [source])
+    text, speech = response["output"][0]["content"]
+    assert (text["annotations"], speech["transcript"]) == ([source], "Hi")
+    assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
 
 
 def test_an_answer_is_a_line_as_openai_writes_it() -> None:

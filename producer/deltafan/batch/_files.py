@@ -4,22 +4,29 @@ What is known of each row stands in an index on disk, so memory does not grow wi
 each run from the input, the output and the error file: these three are the truth.
 """
 
+import fcntl
 import hashlib
 import os
+import shutil
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import IO, Self
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import IO, Any, Self
 
 import orjson
 
-from deltafan.batch._outcome import Outcome
+from deltafan import InvalidRequest
+from deltafan.batch._outcome import LINE_HEAD, Outcome
 from deltafan.batch._rows import BadInput, Row, read_rows
 
 _HASH_BYTES = 1 << 20
+
+Sink = Path | IO[bytes]
+"""A file that later runs take up again, or a stream that is only written to."""
 
 
 @dataclass(slots=True)
@@ -28,43 +35,58 @@ class BatchFiles:
 
     batch_id: str
     rows: int
-    answered: int
-    """Rows that had an answer when the run began."""
     _source: Path
     _model: str | None
     _index: sqlite3.Connection
-    _output: IO[bytes]
-    _errors: IO[bytes]
+    answered: int = 0
+    """Rows that had an answer when the run began."""
+    spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """What earlier runs' lines cost, by currency."""
+    tokens: Counter[str] = field(default_factory=Counter)
+    """Their `input_tokens` and `output_tokens`."""
+    _output: IO[bytes] | None = None
+    _errors: IO[bytes] | None = None
 
     @classmethod
     @contextmanager
     def open(
-        cls, source: Path, output: Path, errors: Path, *, model: str | None = None, batch_id: str | None = None
+        cls,
+        source: Path,
+        output: Sink,
+        errors: Sink,
+        *,
+        model: str | None = None,
+        batch_id: str | None = None,
+        max_body_bytes: int | None = None,
+        check_only: bool = False,
+        on_row: Callable[[Row], None] | None = None,
     ) -> Iterator[Self]:
         """Check the input whole, then take up the output where an earlier run left it.
 
-        The batch's id is that of its input, so the same rows are the same jobs, whoever runs them.
+        The batch's id is that of its input, so the same rows are the same jobs, whoever runs them. With `check_only`
+        nothing is written or locked, and another run may go on meanwhile. `on_row` is shown each row once.
 
         Raises:
             BadInput: a line can not be used, is a duplicate, or the output is another batch's.
+            InvalidRequest: the files are one and the same, can not be opened, or another run writes them.
         """
-        found = batch_id or batch_id_of(source, model)
-        with TemporaryDirectory(prefix="deltafan-batch-") as folder:
-            index = sqlite3.connect(Path(folder) / "rows.db", isolation_level=None)
-            index.execute("PRAGMA journal_mode=OFF")
-            index.execute(
-                "CREATE TABLE row (id TEXT PRIMARY KEY, line INTEGER, answered INTEGER, tries INTEGER) WITHOUT ROWID"
-            )
-            try:
-                rows = _index_rows(index, source, model)
-                answered = _take_up(index, output, found, answers=True)
-                _take_up(index, errors, found, answers=False)
-                with output.open("ab") as out, errors.open("ab") as err:
-                    yield cls(found, rows, answered, source, model, index, out, err)
-                if errors.stat().st_size == 0:
-                    errors.unlink()
-            finally:
-                index.close()
+        _tell_apart(source, output, errors)
+        with ExitStack() as stack:
+            index = stack.enter_context(_new_index())
+            rows = _index_rows(index, read_rows(source, model=model, max_body_bytes=max_body_bytes), source, on_row)
+            files = cls(batch_id or batch_id_of(source, model), rows, source, model, index)
+            if not check_only:
+                files._output = stack.enter_context(_opened(output, "output"))
+                files._errors = stack.enter_context(_opened(errors, "errors"))
+            for sink, answers in ((output, True), (errors, False)):
+                if isinstance(sink, Path) and sink.is_file():
+                    whole_bytes = files._take_up(sink, answers=answers)
+                    if not check_only:
+                        os.truncate(sink, whole_bytes)
+            ((files.answered,),) = index.execute("SELECT count(*) FROM row WHERE answered")
+            yield files
+            if isinstance(errors, Path) and errors.is_file() and not check_only:
+                files._tidy(errors)
 
     def pending(self) -> Iterator[Row]:
         """The rows without an answer, in the input's order."""
@@ -73,16 +95,67 @@ class BatchFiles:
             if not answered:
                 yield row
 
-    def job_id(self, row: Row) -> str:
-        """The job that answers this row; another one after each failure that is in the error file."""
+    def tries(self, row: Row) -> int:
+        """How often the row has failed, as far as the error file tells."""
         ((tries,),) = self._index.execute("SELECT tries FROM row WHERE id = ?", (row.custom_id,))
-        return job_id_of(self.batch_id, row.custom_id, tries)
+        return int(tries)
 
     def write(self, outcome: Outcome) -> None:
         """Append what became of a row; it is out of this process's hands when this returns."""
         file = self._output if outcome.is_answer else self._errors
+        if file is None:
+            raise RuntimeError("the files were opened to be checked only")
         file.write(outcome.line())
         file.flush()
+        self._note(outcome.row.custom_id, outcome.job_id, answered=outcome.is_answer)
+
+    def _note(self, custom_id: str, job_id: str, *, answered: bool) -> None:
+        if answered:
+            self._index.execute("UPDATE row SET answered = 1 WHERE id = ?", (custom_id,))
+        else:
+            tries = try_of(job_id) + 1
+            self._index.execute("UPDATE row SET tries = max(tries, ?) WHERE id = ?", (tries, custom_id))
+
+    def _take_up(self, path: Path, *, answers: bool) -> int:
+        """Note what earlier runs have written. Returns where its whole lines end; a death may have torn the last."""
+        whole_bytes = 0
+        self._index.execute("BEGIN")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n") and (line.startswith(LINE_HEAD) or LINE_HEAD.startswith(line)):
+                    break
+                data = _written(line, path, number)
+                custom_id, job_id = data["custom_id"], data["id"].removeprefix("batch_req_")
+                known = self._index.execute("SELECT 1 FROM row WHERE id = ?", (custom_id,)).fetchone()
+                if not known or not is_job_of(self.batch_id, custom_id, job_id):
+                    raise BadInput(str(path), number, "is of another batch; name another output, or remove this one")
+                self._note(custom_id, job_id, answered=answers)
+                self._add_up(data)
+                whole_bytes += len(line)
+        self._index.execute("COMMIT")
+        return whole_bytes
+
+    def _add_up(self, line: Mapping[str, Any]) -> None:
+        if isinstance(line.get("currency"), str):
+            self.spent[line["currency"]] += line.get("cost") or 0
+        for name in ("input_tokens", "output_tokens"):
+            self.tokens[name] += (line.get("usage") or {}).get(name) or 0
+
+    def _tidy(self, errors: Path) -> None:
+        """Leave the last failure of each row that has no answer still; without any the file goes."""
+        with errors.open("rb") as old, NamedTemporaryFile(dir=errors.parent, prefix=errors.name, delete=False) as new:
+            for line in old:
+                data = orjson.loads(line)
+                query = "SELECT 1 FROM row WHERE id = ? AND NOT answered AND tries = ?"
+                if self._index.execute(query, (data["custom_id"], try_of(data["id"]) + 1)).fetchone():
+                    new.write(line)
+            left_bytes = new.tell()
+        if left_bytes:
+            shutil.copymode(errors, new.name)
+            Path(new.name).replace(errors)
+        else:
+            Path(new.name).unlink()
+            errors.unlink(missing_ok=True)
 
 
 def batch_id_of(source: Path, model: str | None) -> str:
@@ -95,14 +168,51 @@ def batch_id_of(source: Path, model: str | None) -> str:
 
 
 def job_id_of(batch_id: str, custom_id: str, tries: int) -> str:
-    """Job ids hold fewer characters than ids of rows may."""
-    return hashlib.sha256(orjson.dumps([batch_id, custom_id, tries])).hexdigest()[:40]
+    """The job that answers a row which has failed so often. Job ids hold fewer characters than ids of rows may."""
+    return f"{hashlib.sha256(orjson.dumps([batch_id, custom_id])).hexdigest()[:40]}-{tries}"
 
 
-def _index_rows(index: sqlite3.Connection, source: Path, model: str | None) -> int:
+def is_job_of(batch_id: str, custom_id: str, job_id: str) -> bool:
+    """Whether `job_id_of` gives this id for any number of tries."""
+    tries = job_id.rpartition("-")[2]
+    return tries.isdecimal() and job_id == job_id_of(batch_id, custom_id, int(tries))
+
+
+def try_of(job_id: str) -> int:
+    """Which try at its row a job is; 0 is the first."""
+    return int(job_id.rpartition("-")[2])
+
+
+def _tell_apart(source: Path, output: Sink, errors: Sink) -> None:
+    seen = {source.resolve(): "input"}
+    for sink, field_name in ((output, "output"), (errors, "errors")):
+        other = seen.setdefault(sink.resolve(), field_name) if isinstance(sink, Path) else field_name
+        if other != field_name:
+            raise InvalidRequest(field_name, f"{sink} is the {other} already; name another file")
+
+
+@contextmanager
+def _new_index() -> Iterator[sqlite3.Connection]:
+    with TemporaryDirectory(prefix="deltafan-batch-") as folder:
+        index = sqlite3.connect(Path(folder) / "rows.db", isolation_level=None)
+        try:
+            # It lives as long as the run: what a crash would break is made anew.
+            index.execute("PRAGMA journal_mode=OFF")
+            index.execute("PRAGMA synchronous=OFF")
+            index.execute(
+                "CREATE TABLE row (id TEXT PRIMARY KEY, line INTEGER, answered INTEGER, tries INTEGER) WITHOUT ROWID"
+            )
+            yield index
+        finally:
+            index.close()
+
+
+def _index_rows(
+    index: sqlite3.Connection, rows: Iterator[Row], source: Path, on_row: Callable[[Row], None] | None
+) -> int:
     count = 0
     index.execute("BEGIN")
-    for row in read_rows(source, model=model):
+    for row in rows:
         try:
             index.execute("INSERT INTO row VALUES (?, ?, 0, 0)", (row.custom_id, row.line))
         except sqlite3.IntegrityError:
@@ -111,41 +221,42 @@ def _index_rows(index: sqlite3.Connection, source: Path, model: str | None) -> i
                 str(source), row.line, f"custom_id {row.custom_id!r} stands in line {first} already"
             ) from None
         count += 1
+        if on_row is not None:
+            on_row(row)
     index.execute("COMMIT")
     if count == 0:
         raise BadInput(str(source), 1, "there is no row")
     return count
 
 
-def _take_up(index: sqlite3.Connection, path: Path, batch_id: str, *, answers: bool) -> int:
-    """Note what an earlier run has written; a line that its death has torn is cut off."""
-    if not path.exists():
-        return 0
-    whole, count = 0, 0
-    index.execute("BEGIN")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            custom_id, job_id = _written(line, path, number)
-            known = index.execute("SELECT tries FROM row WHERE id = ?", (custom_id,)).fetchone()
-            last = known[0] if known and not answers else None
-            possible = known and any(job_id == job_id_of(batch_id, custom_id, tries) for tries in range(100))
-            if not possible:
-                raise BadInput(str(path), number, "is of another batch; name another output, or remove this one")
-            if answers:
-                index.execute("UPDATE row SET answered = 1 WHERE id = ?", (custom_id,))
-            else:
-                index.execute("UPDATE row SET tries = ? WHERE id = ?", ((last or 0) + 1, custom_id))
-            whole, count = whole + len(line), count + 1
-    index.execute("COMMIT")
-    os.truncate(path, whole)
-    return count
+@contextmanager
+def _opened(sink: Sink, field_name: str) -> Iterator[IO[bytes]]:
+    """The file to append to, held by this run alone."""
+    if not isinstance(sink, Path):
+        yield sink
+        return
+    try:
+        file = sink.open("ab")
+    except OSError as error:
+        raise InvalidRequest(field_name, f"{sink} can not be written ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InvalidRequest(field_name, f"another run writes {sink}; wait for its end, or stop it") from None
+        try:
+            yield file
+        except BaseException:
+            if sink.is_file() and sink.stat().st_size == 0:
+                sink.unlink()
+            raise
 
 
-def _written(line: bytes, path: Path, number: int) -> tuple[str, str]:
+def _written(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         data = orjson.loads(line)
-        return str(data["custom_id"]), str(data["id"]).removeprefix("batch_req_")
+        if line.endswith(b"\n") and isinstance(data["custom_id"], str) and isinstance(data["id"], str):
+            return dict(data)
     except (ValueError, KeyError, TypeError):
-        raise BadInput(str(path), number, "is no line of a batch's output; name another file") from None
+        pass
+    raise BadInput(str(path), number, "is no line of a batch's output; name another file")

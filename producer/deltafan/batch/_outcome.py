@@ -1,6 +1,7 @@
 """What became of a row, and the line that says so, in OpenAI's batch output format."""
 
 import time
+from base64 import b64encode
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,10 @@ import orjson
 
 from deltafan import Generation
 from deltafan.batch._rows import Row
+
+LINE_HEAD = b'{"id":"batch_req_'
+"""What each line begins with."""
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,11 @@ def _chat_completion(outcome: Outcome) -> dict[str, Any]:
         message["reasoning_content"] = generation.reasoning
     if generation.tool_calls:
         message["tool_calls"] = generation.to_messages()[0]["tool_calls"]
+    if generation.annotations:
+        message["annotations"] = list(generation.annotations)
+    if (speech := generation.audio) is not None:
+        data = {"data": b64encode(speech).decode(), "transcript": generation.transcript}
+        message["audio"] = {"id": f"audio-{outcome.job_id}", "expires_at": 0, **data}
     counts = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     if usage is not None:
         given = (usage.input_tokens, usage.output_tokens, usage.total_tokens)
@@ -75,19 +85,6 @@ def _chat_completion(outcome: Outcome) -> dict[str, Any]:
 
 def _response(outcome: Outcome) -> dict[str, Any]:
     generation, usage = outcome.generation, outcome.generation.usage
-    output: list[dict[str, Any]] = []
-    if generation.reasoning:
-        output.append(
-            {"id": "rs_0", "type": "reasoning", "summary": [{"type": "summary_text", "text": generation.reasoning}]}
-        )
-    if generation.content or generation.refusal:
-        part: dict[str, Any] = {"type": "output_text", "text": generation.content, "annotations": []}
-        if generation.refusal:
-            part = {"type": "refusal", "refusal": generation.refusal}
-        output.append({"id": "msg_0", "type": "message", "role": "assistant", "status": "completed", "content": [part]})
-    for index, call in enumerate(generation.tool_calls):
-        arguments = {"name": call.name, "arguments": call.arguments, "call_id": call.id}
-        output.append({"id": f"fc_{index}", "type": "function_call", "status": "completed", **arguments})
     counts = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
     if usage is not None:
         counts = {name: getattr(usage, name) or 0 for name in counts}
@@ -96,15 +93,40 @@ def _response(outcome: Outcome) -> dict[str, Any]:
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
         "output_tokens_details": {"reasoning_tokens": (usage and usage.reasoning_tokens) or 0},
     }
+    reason = _INCOMPLETE.get(generation.finish_reason or "")
     return {
         "id": (usage and usage.response_id) or f"resp_{outcome.job_id}",
         "object": "response",
         "created_at": int(time.time()),
-        "status": "incomplete" if generation.finish_reason == "length" else "completed",
+        "status": "incomplete" if reason else "completed",
+        "incomplete_details": {"reason": reason} if reason else None,
         "model": generation.model or outcome.row.model,
-        "output": output,
+        "output": _output_items(generation),
         "parallel_tool_calls": True,
         "tool_choice": "auto",
         "tools": [],
         "usage": counts | details,
     }
+
+
+def _output_items(generation: Generation) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = []
+    if generation.reasoning:
+        summary = [{"type": "summary_text", "text": generation.reasoning}]
+        items.append({"id": "rs_0", "type": "reasoning", "summary": summary})
+    content: list[dict[str, Any]] = []
+    if generation.content:
+        sources = list(generation.annotations)
+        content.append({"type": "output_text", "text": generation.content, "annotations": sources})
+    if generation.refusal:
+        content.append({"type": "refusal", "refusal": generation.refusal})
+    if (speech := generation.audio) is not None:
+        data = b64encode(speech).decode()
+        content.append({"type": "output_audio", "data": data, "transcript": generation.transcript})
+    if content:
+        message = {"type": "message", "role": "assistant", "status": "completed", "content": content}
+        items.append({"id": "msg_0", **message})
+    for index, call in enumerate(generation.tool_calls):
+        arguments = {"name": call.name, "arguments": call.arguments, "call_id": call.id}
+        items.append({"id": f"fc_{index}", "type": "function_call", "status": "completed", **arguments})
+    return items

@@ -2,21 +2,25 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
 from contextlib import suppress
-from itertools import islice
 
 from deltafan import (
     Consumer,
     Failure,
     Generation,
+    InvalidRequest,
+    Job,
+    JobConflict,
     JobEnded,
     JobNotFound,
     Producer,
+    QueueFull,
     RedisUnavailable,
     ResultTimeout,
     StreamExpired,
 )
+from deltafan._background import background
 from deltafan.batch._files import job_id_of
 from deltafan.batch._outcome import Outcome
 from deltafan.batch._rows import Row
@@ -26,10 +30,18 @@ PORTION = 100
 _LOOK_S = 60.0
 """How long one question for a result waits before it is asked anew."""
 _PAUSE_S = 0.5
+_NO_ANSWER = frozenset({"failed", "cancelled", "expired"})
+
+Rows = Iterable[Row] | AsyncIterable[Row]
+Ends = asyncio.Queue["asyncio.Task[Outcome] | None"]
 
 
 class Batch:
-    """Runs rows through the batch lane. One instance for one run."""
+    """Runs rows through the batch lane. One instance for one run.
+
+    A row's job has an id of its batch, its `custom_id` and its tries: run again, an answer that is there is taken, and
+    what has failed before this run is tried once more.
+    """
 
     def __init__(
         self,
@@ -39,23 +51,26 @@ class Batch:
         batch_id: str,
         window: int = 2000,
         tenant: str | None = None,
-        job_id: Callable[[Row], str] | None = None,
+        tries: Callable[[Row], int] | None = None,
     ) -> None:
+        """`tries` tells how often a row has failed in earlier runs, if that is known; else the server is asked."""
         self._producer = producer
         self._consumer = consumer
         self._batch_id = batch_id
         self._window = window
         self._tenant = tenant or batch_id
-        self._job_id = job_id or (lambda row: job_id_of(batch_id, row.custom_id, 0))
-        self._stopping = asyncio.Event()
-        self._waiting: set[asyncio.Task[Outcome]] = set()
+        self._tries = tries or (lambda _: 0)
+        self._stopping = False
+        self._arrived: asyncio.Queue[Row | None] = asyncio.Queue(PORTION)
         self.cancelled = False
         self.in_flight: dict[str, Row] = {}
         """Jobs that were submitted and whose outcome nobody has taken yet."""
 
     def stop(self) -> None:
         """Submit nothing more; what is in flight comes to its end."""
-        self._stopping.set()
+        self._stopping = True
+        if not self._arrived.full():
+            self._arrived.put_nowait(None)  # who waits for a row wakes up
 
     async def cancel(self) -> None:
         """Stop, and cancel what is in flight."""
@@ -65,78 +80,102 @@ class Batch:
             with suppress(JobNotFound, RedisUnavailable):
                 await self._producer.cancel(job_id, reason="the batch was cancelled")
 
-    async def run(self, rows: Iterable[Row], *, ordered: bool = False) -> AsyncGenerator[Outcome, None]:
+    async def run(self, rows: Rows, *, ordered: bool = False) -> AsyncGenerator[Outcome, None]:
         """Outcomes as they come or, if `ordered`, as the rows go. Leaving it early leaves jobs in flight to the fleet.
 
         No more than the window is submitted and not yet taken, so a slow taker slows the batch, and memory is bounded.
+        While Redis is away or the lane is full it waits.
+
+        Raises:
+            InvalidRequest: a row can not be submitted as it is; the rows before it were.
         """
-        pending = iter(rows)
-        room = asyncio.Semaphore(self._window)
-        done: asyncio.Queue[asyncio.Task[Outcome] | None] = asyncio.Queue()
-        async with asyncio.TaskGroup() as tasks:
-            feeder = tasks.create_task(self._feed(tasks, pending, room, done, ordered=ordered))
-            try:
-                while (task := await done.get()) is not None:
-                    outcome = await task
-                    self.in_flight.pop(outcome.job_id, None)
-                    room.release()
-                    yield outcome
-            finally:
-                feeder.cancel()
-                for waiting in tuple(self._waiting):
-                    waiting.cancel()
+        room, ends = asyncio.Semaphore(self._window), Ends()
+        async with background(self._drive(rows, room, ends, ordered=ordered), "batch"):
+            while (task := await ends.get()) is not None:
+                await asyncio.wait([task])
+                if task.cancelled() or task.exception() is not None:
+                    continue  # the driver raises what it was
+                outcome = task.result()
+                self.in_flight.pop(outcome.job_id, None)
+                room.release()
+                yield outcome
 
-    async def _feed(
-        self,
-        tasks: asyncio.TaskGroup,
-        pending: Iterator[Row],
-        room: asyncio.Semaphore,
-        done: "asyncio.Queue[asyncio.Task[Outcome] | None]",
-        *,
-        ordered: bool,
-    ) -> None:
-        def ended(task: "asyncio.Task[Outcome]") -> None:
-            self._waiting.discard(task)
-            if not ordered and not task.cancelled():
-                done.put_nowait(task)
+    async def _drive(self, rows: Rows, room: asyncio.Semaphore, ends: Ends, *, ordered: bool) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                reading = tasks.create_task(_read(rows, self._arrived))
+                async for job_id, row in self._submitted(room):
+                    task = tasks.create_task(self._outcome(job_id, row))
+                    if ordered:
+                        ends.put_nowait(task)
+                    else:
+                        task.add_done_callback(ends.put_nowait)
+                reading.cancel()
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        finally:
+            ends.put_nowait(None)
 
-        while not self._stopping.is_set() and (portion := list(islice(pending, min(PORTION, self._window)))):
-            for _ in portion:
+    async def _submitted(self, room: asyncio.Semaphore) -> AsyncIterator[tuple[str, Row]]:
+        """Submit what has arrived, as far as there is room, until there is no more or nobody wants it."""
+        row = await self._next()
+        while row is not None:
+            await room.acquire()
+            portion = [row]
+            while len(portion) < PORTION and not room.locked() and not self._arrived.empty():
+                if (row := self._arrived.get_nowait()) is None:
+                    break
                 await room.acquire()
-            if self._stopping.is_set():
-                break
+                portion.append(row)
+            if self._stopping:
+                return
             jobs = await self._submit(portion)
-            for job_id, row in jobs:
-                self.in_flight[job_id] = row
-                task = tasks.create_task(self._outcome(job_id, row))
-                self._waiting.add(task)
-                task.add_done_callback(ended)
-                if ordered:
-                    done.put_nowait(task)
-        while self._waiting:
-            await asyncio.wait(self._waiting)
-        done.put_nowait(None)
+            self.in_flight.update(jobs)
+            if self.cancelled:
+                await self.cancel()
+            for job in jobs:
+                yield job
+            row = None if row is None else await self._next()
+
+    async def _next(self) -> Row | None:
+        return None if self._stopping else await self._arrived.get()
 
     async def _submit(self, portion: list[Row]) -> list[tuple[str, Row]]:
-        requests = [
-            {
-                "model": row.model,
-                "api": row.api,
-                "body": row.body,
-                "job_id": self._job_id(row),
-                "lane": "batch",
-                "tenant": self._tenant,
-                "metadata": {"batch": self._batch_id, "custom_id": row.custom_id},
-            }
-            for row in portion
-        ]
-        while True:
+        tries = {row.custom_id: self._tries(row) for row in portion}
+        left, found, is_repeat = portion, [], False
+        while left:
             try:
-                jobs = await self._producer.submit_many(requests)
-            except RedisUnavailable:
+                jobs = await self._producer.submit_many([self._request(row, tries[row.custom_id]) for row in left])
+            except (RedisUnavailable, QueueFull):
+                # Some may have been submitted, and may end before the next look at them: that is this run's failure.
+                is_repeat = True
                 await asyncio.sleep(_PAUSE_S)
-            else:
-                return [(job.id, row) for job, row in zip(jobs, portion, strict=True)]
+                continue
+            except JobConflict as error:
+                raise self._other_row(error, left, tries) from None
+            again = [row for job, row in zip(jobs, left, strict=True) if _failed_before(job) and not is_repeat]
+            for row in again:
+                tries[row.custom_id] += 1
+            found += [(job.id, row) for job, row in zip(jobs, left, strict=True) if row not in again]
+            left = again
+        return found
+
+    def _request(self, row: Row, tries: int) -> dict[str, object]:
+        return {
+            "model": row.model,
+            "api": row.api,
+            "body": row.body,
+            "job_id": job_id_of(self._batch_id, row.custom_id, tries),
+            "lane": "batch",
+            "tenant": self._tenant,
+            "metadata": {"batch": self._batch_id, "custom_id": row.custom_id},
+        }
+
+    def _other_row(self, error: JobConflict, rows: list[Row], tries: dict[str, int]) -> InvalidRequest:
+        ids = {job_id_of(self._batch_id, row.custom_id, tries[row.custom_id]): row for row in rows}
+        row = ids[error.job_id]
+        was = f"line {row.line}, {row.custom_id!r}, is another prompt than an earlier run of {self._batch_id} had there"
+        return InvalidRequest("batch_id", f"{was}; name another id, or leave it to be that of the rows")
 
     async def _outcome(self, job_id: str, row: Row) -> Outcome:
         started = time.monotonic()
@@ -148,11 +187,26 @@ class Batch:
             except (ResultTimeout, RedisUnavailable):
                 continue
             except JobNotFound:  # the server has forgotten it
-                with suppress(RedisUnavailable):
-                    await self._submit([row])
+                with suppress(RedisUnavailable, QueueFull):
+                    tries = int(job_id.rpartition("-")[2])
+                    await self._producer.submit_many([self._request(row, tries)])
                 await asyncio.sleep(_PAUSE_S)
                 continue
             except StreamExpired:
                 why = Failure("result_expired", "its result was not fetched in time; run it again", retryable=True)
                 generation = Generation(status="failed", failure=why)
             return Outcome(row, job_id, generation, time.monotonic() - started)
+
+
+def _failed_before(job: Job) -> bool:
+    return not job.created and job.status in _NO_ANSWER
+
+
+async def _read(rows: Rows, arrived: asyncio.Queue[Row | None]) -> None:
+    if isinstance(rows, AsyncIterable):
+        async for row in rows:
+            await arrived.put(row)
+    else:
+        for row in rows:
+            await arrived.put(row)
+    await arrived.put(None)

@@ -1,0 +1,115 @@
+"""`Batch` on a real worker: what it does with rows that failed, ended early, or can not go in."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from deltafan import Consumer, InvalidRequest, JobNotFound, Producer
+from deltafan.batch import Batch, Row
+from deltafan.testing import Refuse, ScriptedUpstream
+from support.waiting import wait_until
+from support.workers import running_worker
+
+NO = Refuse(400, b'{"error": {"message": "no", "code": "invalid_request_error"}}')
+
+
+def rows(count: int, text: str = "row") -> list[Row]:
+    return [
+        Row(n, f"r{n}", "sim", "chat", {"messages": [{"role": "user", "content": f"{text} {n}"}]}) for n in range(count)
+    ]
+
+
+async def endings(batch: Batch, given: Any) -> dict[str, bool]:
+    return {outcome.row.custom_id: outcome.is_answer async for outcome in batch.run(given)}
+
+
+async def test_what_failed_before_this_run_is_tried_again_and_answers_are_taken(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    upstream.then(*[NO] * 3)
+    async with running_worker(env):
+        first = await endings(Batch(producer, consumer, batch_id="b"), rows(10))
+        again = await endings(Batch(producer, consumer, batch_id="b"), rows(10))
+    assert (list(first.values()).count(False), all(again.values())) == (3, True)
+    assert len(upstream.requests) == 13
+
+
+async def test_rows_come_from_an_async_iterator_as_they_arrive_and_a_stop_is_heard_at_once(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    batch = Batch(producer, consumer, batch_id="b")
+
+    async def slow() -> AsyncIterator[Row]:
+        for row in rows(3):
+            yield row
+        await asyncio.Event().wait()
+
+    async with running_worker(env), aclosing(batch.run(slow())) as outcomes:
+        for _ in range(3):
+            await asyncio.wait_for(anext(outcomes), 10)
+        batch.stop()
+        with pytest.raises(StopAsyncIteration):
+            await asyncio.wait_for(anext(outcomes), 10)
+
+
+async def test_leaving_it_early_raises_what_the_taker_raised_and_nothing_else(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    async def take_one(error: Exception | None) -> None:
+        async with aclosing(Batch(producer, consumer, batch_id="b", window=5).run(rows(50))) as outcomes:
+            async for _ in outcomes:
+                if error is not None:
+                    raise error
+                break
+
+    async with running_worker(env):
+        await take_one(None)
+        with pytest.raises(OSError, match="disk full"):
+            await take_one(OSError("disk full"))
+
+
+async def test_another_prompt_under_a_rows_id_is_an_error_that_names_the_row(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    async with running_worker(env):
+        await endings(Batch(producer, consumer, batch_id="nightly"), rows(3))
+        with pytest.raises(InvalidRequest, match="'r0', is another prompt than an earlier run of nightly"):
+            await endings(Batch(producer, consumer, batch_id="nightly"), rows(3, "other"))
+
+
+async def test_a_full_lane_is_waited_for(
+    redis_url: str, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    async with Producer.connect(redis_url, max_queued=5) as producer, running_worker(env):
+        ends = await endings(Batch(producer, consumer, batch_id="b"), rows(30))
+    assert (len(ends), all(ends.values()), len(upstream.requests)) == (30, True, 30)
+
+
+async def test_cancelling_ends_what_is_in_flight(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    upstream.standing = [asyncio.Event()]
+    batch = Batch(producer, consumer, batch_id="b", window=20)
+    async with running_worker(env), asyncio.TaskGroup() as tasks:
+        run = tasks.create_task(endings(batch, rows(50)))
+        await wait_until(lambda: upstream.requests, "it runs")
+        await batch.cancel()
+    assert run.result() == {f"r{n}": False for n in range(20)}
+
+
+async def test_only_a_running_batch_can_be_cancelled_and_the_next_run_knows_nothing_of_it(
+    producer: Producer, redis_url: str
+) -> None:
+    with pytest.raises(JobNotFound):
+        await producer.cancel_batch("b")
+    assert await producer.batches() == {}, "asking leaves nothing behind"
+    assert not await producer.report_batch("b", {"status": "running"}, is_first=True)
+    assert 0 <= await producer.cancel_batch("b") < 10
+    assert await producer.report_batch("b", {"status": "running"}), "the runner hears it"
+    await producer.report_batch("b", {"status": "cancelled"})
+    with pytest.raises(InvalidRequest, match="batch b is cancelled; there is nothing to cancel"):
+        await producer.cancel_batch("b")
+    assert not await producer.report_batch("b", {"status": "running"}, is_first=True)
