@@ -160,20 +160,50 @@ async def test_a_refusal_for_being_too_fast_defers_a_batch_job_and_costs_it_no_a
 
 
 async def test_refusals_shrink_the_rate_for_everyone_for_a_while(
-    producer: Producer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: Redis, env: dict[str, str]
+    producer: Producer,
+    consumer: Consumer,
+    worker: LeasedWorker,
+    upstream: ScriptedUpstream,
+    redis: Redis,
+    env: dict[str, str],
 ) -> None:
     upstream.standing = TOO_FAST
     await submit(producer, 1, "other/m", lane="batch")
     await wait_for_lot(producer, "other/m", "batch", 1)
     upstream.standing = script.text("Hello, ", "world!")
-    await submit(producer, 30, "other/m", lane="interactive")
-    await let_time_pass_until_ended(redis, 31)
+    await let_time_pass_until_ended(redis, 1)
+    await whole_answers(consumer, await submit(producer, 30, "other/m"))
+    await pass_time(redis, 6)
     upstream.standing = TOO_FAST
     await submit(producer, 1, "other/m", lane="batch")
     await wait_until(lambda: redis.hexists("deltafan:limit:other/m", "learned"), "the rate is learned")
     learned = float(await redis.execute_command("HGET", "deltafan:limit:other/m", "learned"))
-    assert 6 <= learned < 31
+    assert 0.7 * 30 <= learned < 12 * 31
     assert await redis.exists("deltafan:limit"), "every worker asks before each call"
+
+
+async def test_a_learned_rate_holds_for_batch_jobs_and_wears_off(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, redis: Redis
+) -> None:
+    now_ms = int((await redis.time())[0] * 1000)
+    await redis.execute_command("SET", "deltafan:limit", now_ms, "PX", 600_000)
+    await redis.execute_command("HSET", "deltafan:limit:other/m", "learned", 30, "learned_ms", now_ms)
+    await redis.execute_command("SADD", "deltafan:limits", "other/m")
+    await redis.execute_command("PEXPIRE", "deltafan:limits", 600_000)
+    batch = await submit(producer, 10, "other/m", lane="batch")
+    await wait_for_lot(producer, "other/m", "batch", 7)
+    await whole_answers(consumer, await submit(producer, 10, "other/m"))
+    assert (await limit_of(producer, "other/m")).waiting["batch"] >= 6, "nobody waits for interactive jobs"
+    await let_time_pass_until_ended(redis, 20)
+    await whole_answers(consumer, batch)
+
+
+async def test_one_refusal_among_the_first_calls_holds_up_nobody_who_is_waited_for(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
+) -> None:
+    upstream.then(*[script.Refuse(429, TOO_FAST.body, {"retry-after": "0.05"})] * 3)
+    ids = await submit(producer, 100, "other/m")
+    await asyncio.wait_for(whole_answers(consumer, ids), 15)
 
 
 async def test_without_money_batch_jobs_wait_and_interactive_ones_are_told(

@@ -20,6 +20,8 @@ for _, name in ipairs(redis.call('SMEMBERS', 'deltafan:limits')) do
   end
   redis.call('PEXPIRE', key, 600000) -- it may have been gone for a moment
 end
+local since = redis.call('GET', 'deltafan:limit')
+if since then redis.call('SET', 'deltafan:limit', string.format('%.0f', since - 1000 * ARGV[1]), 'KEEPTTL') end
 """
 
 

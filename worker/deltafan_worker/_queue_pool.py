@@ -1,5 +1,6 @@
 """The queue's connections: redis-py's, made for arq."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -44,13 +45,19 @@ async def run_script(pool: ArqRedis, script: Script, keys: Sequence[str], args: 
 
 
 class _Losing:
-    """uvloop calls writing to a connection that has just been cut a RuntimeError, which redis-py does not expect."""
+    """What redis-py's connections get wrong when they are cut, or when who uses them is cancelled."""
 
     async def send_packed_command(self, *args: Any, **options: Any) -> None:
+        task = asyncio.current_task()
+        cancels = task.cancelling() if task is not None else 0
         try:
             await super().send_packed_command(*args, **options)  # type: ignore[misc]  # of what it is mixed into
-        except RuntimeError as error:
+        except RuntimeError as error:  # uvloop's name for writing to a connection that has just been cut
             raise RedisConnectionError(str(error)) from error
+        if task is not None and task.cancelling() > cancels:
+            # Python 3.11's wait_for, in there, forgets a cancel that comes as the write ends.
+            await self.disconnect(nowait=True)  # type: ignore[attr-defined]  # so that nobody reads this one's reply
+            raise asyncio.CancelledError
 
 
 def _losing(connection_class: type[AbstractConnection]) -> type[AbstractConnection]:

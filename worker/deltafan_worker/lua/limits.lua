@@ -53,10 +53,20 @@ local function scopes_of(group)
   return { string.match(group, '^[^/]+'), group }
 end
 
--- What was learned from refusals doubles every minute, until it is what was allowed before.
-local function requests_per_minute(s)
-  local learned = s.learned and s.learned * 2 ^ ((NOW - s.learned_ms) / 60000)
-  return learned and (not s.rpm or learned < s.rpm) and learned or s.rpm
+-- Requests per minute, as fast as they went lately.
+local function rate(s)
+  return math.max(s.r, s.paced_r * 60 / PACE_S)
+end
+
+-- The rate that a provider's refusals have taught doubles every half minute, until nothing is left of the lesson.
+local function learned_rate(s)
+  return s.learned and s.learned * 2 ^ ((NOW - s.learned_ms) / 30000)
+end
+
+-- The lesson is a guess, and nobody who is waited for is held up for it.
+local function is_too_fast(s, urgent)
+  local most = not urgent and learned_rate(s)
+  return most and s.paced_r >= most * PACE_S / 60
 end
 
 -- What is larger than a whole limit goes when nothing else does.
@@ -83,7 +93,8 @@ local function fits(name, tokens, urgent)
   local s = scope(name)
   if not urgent and (s.closed or 0) > NOW then return false end
   local share = (urgent or (s.urgent or 0) < NOW - 60000) and 1 or 1 - RESERVE
-  if is_full(s.r, 1, requests_per_minute(s), s.paced_r, urgent, share) then return false end
+  if is_too_fast(s, urgent) then return false end
+  if is_full(s.r, 1, s.rpm, s.paced_r, urgent, share) then return false end
   if is_full(s.t, tokens, s.tpm, s.paced_t, urgent, share) then return false end
   return not s.concurrency or has_slot(s, share)
 end
