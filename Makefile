@@ -1,6 +1,6 @@
 # Everything a developer runs. Needs make and Python 3.11 or later; the rest is installed into .venv.
 .DEFAULT_GOAL := help
-.PHONY: fuzz help setup demo test lint types ci bench chaos wire wheel lock clean
+.PHONY: fuzz help setup demo test lint types ci bench bench-batch chaos wire wheel lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -41,6 +41,9 @@ bench: $(VENV)/.tests ## Measure the budgets, beside the naive loop in the same 
 
 fuzz: $(VENV)/.tests ## A million broken streams for each decoder (CASES=, SEED=)
 	$(BIN)/python tests/fuzz/decoders.py $(if $(CASES),--cases $(CASES)) $(if $(SEED),--seed $(SEED))
+
+bench-batch: $(VENV)/.tests ## Measure batches of 100,000 rows, lanes and limits: a quarter of an hour
+	$(BIN)/python bench/run.py batch lanes limits
 
 chaos: $(VENV)/.tests ## Break everything under load; compare every transcript and bill (MINUTES=, SEED=)
 	PYTHONPATH=tests $(BIN)/python chaos/drive.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)

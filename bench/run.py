@@ -13,13 +13,15 @@ import uvloop
 from measure import Report, servers
 
 NAMES = ("cpu", "decode", "pickup", "starvation", "recovery", "endings", "submit", "latency", "replay", "memory")
+LONG = ("batch", "lanes", "limits")
+"""Only when they are named: they take minutes."""
 
 
 def main() -> int:
-    """Run the benchmarks named on the command line, or all."""
+    """Run the benchmarks named on the command line, or all but the long ones."""
     names = sys.argv[1:] or NAMES
-    if unknown := [name for name in names if name not in NAMES]:
-        print(f"no benchmark is called {', '.join(unknown)}; there are: {', '.join(NAMES)}", file=sys.stderr)
+    if unknown := [name for name in names if name not in NAMES + LONG]:
+        print(f"no benchmark is called {', '.join(unknown)}; there are: {', '.join(NAMES + LONG)}", file=sys.stderr)
         return 2
     print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}")
     report = Report()

@@ -90,6 +90,22 @@ def shape(path: str, model: str) -> tuple[list[bytes], float]:
     return [*writes, http_chunk(end) + b"0\r\n\r\n"], float(gap_ms) / 1000
 
 
+@cache
+def whole(model: str) -> tuple[bytes, float]:
+    """The response to who does not want a stream, and the seconds until the stream would have ended."""
+    writes, gap_s = shape("/chat/completions", model)
+    text = CONTENT * int(model.rsplit("bench-", 1)[1].split("-", maxsplit=1)[0])
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 10, "completion_tokens": 100, "total_tokens": 110}
+    body = json.dumps({**HEAD, "object": "chat.completion", **REST, "choices": [choice], "usage": usage}).encode()
+    return http_json(body), gap_s * (len(writes) - 1)
+
+
+def http_json(body: bytes) -> bytes:
+    """A response in one piece."""
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
 class Server(asyncio.Protocol):
     """One connection; requests on it come one after another."""
 
@@ -128,10 +144,17 @@ class Server(asyncio.Protocol):
             self._answer_stats()
             return
         self._arrivals.append(time.time())
-        path = head.split(b" ", 2)[1].decode()
-        writes, gap_s = shape(path, json.loads(body[:length])["model"])
+        self._answer(head.split(b" ", 2)[1].decode(), json.loads(body[:length]))
+
+    def _answer(self, path: str, request: dict[str, Any]) -> None:
+        model = request["model"]
+        if path.endswith("/chat/completions") and not request.get("stream"):
+            response, delay_s = whole(model)
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._transport.write, response)
+            return
+        writes, gap_s = shape(path, model)
         self._transport.write(RESPONSE)
-        self._stamped = json.loads(body[:length])["model"].startswith("stamped-")
+        self._stamped = model.startswith("stamped-")
         if gap_s == 0:
             self._transport.write(b"".join(writes))
         else:
@@ -151,9 +174,7 @@ class Server(asyncio.Protocol):
         body = json.dumps({"arrivals": self._arrivals, "departures": self._departures}).encode()
         self._arrivals.clear()
         self._departures.clear()
-        self._transport.write(
-            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
-        )
+        self._transport.write(http_json(body))
 
 
 async def main() -> None:
