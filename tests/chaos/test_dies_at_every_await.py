@@ -59,13 +59,24 @@ class Scene:
 
 
 @pytest.fixture
+def model() -> str:
+    return "sim"
+
+
+@pytest.fixture
 async def scene(
-    redis: Redis, redis_url: str, producer: Producer, consumer: Consumer, upstream: ScriptedUpstream, tmp_path: Path
+    redis: Redis,
+    redis_url: str,
+    producer: Producer,
+    consumer: Consumer,
+    upstream: ScriptedUpstream,
+    tmp_path: Path,
+    model: str,
 ) -> Scene:
     go_on = asyncio.Event()
     first, *rest = [script.delta(content=text) for text in ("one ", "two ", "three")]
     upstream.standing = [first, go_on, *rest, *script.ending()]
-    job = await producer.submit(model="sim", messages=HI)
+    job = await producer.submit(model=model, messages=HI)
     env = settings_env(redis_url, upstream.url, tmp_path, lease_s=2, drain_timeout_s=0)
     return Scene(job.id, redis, producer, consumer, upstream, env, go_on)
 
@@ -79,6 +90,11 @@ async def dying(scene: Scene, point: str) -> AsyncIterator[Any]:
 
 
 async def check(scene: Scene, ledger: list[tuple[int, str]], calls: int) -> None:
+    """The whole story, with this ledger and so many calls."""
+    assert await ending(scene) == (ledger, calls)
+
+
+async def ending(scene: Scene) -> tuple[list[tuple[int, str]], int]:
     """Another worker ends the job; a reader that was there all the time and one that comes late see one answer."""
     scene.go_on.set()
     watching = asyncio.create_task(scene.read())
@@ -92,12 +108,19 @@ async def check(scene: Scene, ledger: list[tuple[int, str]], calls: int) -> None
     assert [kind for kind in types if kind in TERMINAL] == ["completed"], "one end"
     assert types[-1] == "completed", "and nothing behind it"
     records = await scene.ledger()
-    assert sorted((record.attempt_no, record.outcome) for record in records) == ledger
     assert len({record.call_id for record in records}) == len(records)
-    assert len(scene.upstream.requests) == calls
     left = await scene.redis.keys(f"arq:*:{scene.job_id}")
     assert left == [f"arq:result:{scene.job_id}".encode()], "the queue is tidy"
-    assert not await scene.redis.exists("deltafan:queue:interactive")
+    queue = "deltafan:queue:interactive"
+    assert not await scene.redis.exists(
+        queue, f"{queue}:lots", f"{queue}:lot:other/one", f"{queue}:lot:other/one:tokens"
+    )
+    await wait_until(lambda: is_free(scene), "and nothing holds a place within the limits")
+    return sorted((record.attempt_no, record.outcome) for record in records), len(scene.upstream.requests)
+
+
+async def is_free(scene: Scene) -> bool:
+    return all(limit.running == 0 for limit in await scene.producer.limits())
 
 
 @pytest.mark.parametrize(
@@ -149,5 +172,43 @@ async def test_in_a_replay(point: str, scene: Scene) -> None:
     async with dying(scene, point):
         await wait_until(scene.has_published, "it is in mid-answer")
         await scene.redis.delete(scene.events_key)
+        scene.go_on.set()
+    await check(scene, TWICE, 2)
+
+
+@pytest.mark.parametrize("model", ["one"])
+@pytest.mark.parametrize("point", ["before:ask", "after:ask"])
+async def test_asking_for_a_call_within_a_limit(point: str, scene: Scene) -> None:
+    async with dying(scene, point):
+        scene.go_on.set()
+    await check(scene, ONCE, 1)
+
+
+@pytest.mark.parametrize("model", ["one"])
+@pytest.mark.parametrize("point", ["before:park", "after:park"])
+async def test_stepping_back_from_a_limit(point: str, scene: Scene) -> None:
+    """Another job has the only place."""
+    await scene.redis.sadd("deltafan:limit:other/one:running", "another")
+    await scene.redis.pexpire("deltafan:limit:other/one:running", 3_600_000)
+    await scene.redis.psetex("arq:in-progress:another", 4000, "somebody")
+    async with dying(scene, point):
+        scene.go_on.set()
+    assert scene.upstream.requests == []
+    await check(scene, ONCE, 1)
+
+
+@pytest.mark.parametrize("model", ["one"])
+@pytest.mark.parametrize("point", ["before:settle", "after:settle"])
+async def test_telling_what_a_call_used(point: str, scene: Scene) -> None:
+    """It is told beside the end of the job, which may be written before or never."""
+    async with dying(scene, point):
+        scene.go_on.set()
+    assert await ending(scene) in ((ONCE, 1), (TWICE, 2))
+
+
+@pytest.mark.parametrize("point", ["before:refuse", "after:refuse"])
+async def test_telling_of_a_refusal(point: str, scene: Scene) -> None:
+    scene.upstream.then(script.refusal("rate_limit_exceeded", "too fast", 429))
+    async with dying(scene, point):
         scene.go_on.set()
     await check(scene, TWICE, 2)
