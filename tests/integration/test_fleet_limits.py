@@ -14,9 +14,13 @@ from arq.jobs import JobStatus
 from redis.asyncio import Redis
 
 from deltafan import Consumer, JobCancelled, JobFailed, Limit, Producer, UsageRecord
+from deltafan._background import background
 from deltafan.testing import ScriptedUpstream
 from deltafan.testing import chat as script
+from deltafan_config import load_settings
 from deltafan_worker._leased import LeasedWorker
+from deltafan_worker._limits import Grant, Used
+from deltafan_worker.main import open_worker
 from deltafan_worker.serialization import deserialize
 from support.limits import pass_time
 from support.waiting import wait_until
@@ -136,6 +140,21 @@ async def test_the_place_of_a_worker_that_died_is_found_free(
         await producer.cancel(held)
     async with running_worker(env):
         await whole_answers(consumer, await submit(producer, 2, "one"))
+
+
+async def test_a_worker_that_stops_has_told_what_its_calls_used(
+    producer: Producer, consumer: Consumer, env: dict[str, str]
+) -> None:
+    async with open_worker(load_settings(env), env) as worker:
+        async with background(worker.main(), "worker"):
+            (held,) = await submit(producer, 1, "one")
+            await consumer.result(held, timeout=10)
+            await wait_until(lambda: _runs(producer, 0), "the call is over")
+            before = (await limit_of(producer, "other/one")).tokens
+        now = int(time.time())
+        grant = Grant(group="other/one", second=now, tokens=0)
+        worker.limits.settle(grant, "another", Used(123, None, answered=True))
+    assert (await limit_of(producer, "other/one")).tokens == before + 123
 
 
 async def test_another_provider_with_room_is_asked_instead(

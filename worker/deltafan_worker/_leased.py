@@ -109,7 +109,7 @@ class LeasedWorker(Worker):
         self._options, self._keys, self._on_unrun = options, keys, on_unrun
         self._queues = tuple(options.queues)
         self._lease_ms = int(options.lease_s * 1000)
-        self._limits = limits or FleetLimits(pool, keys, self._queues, reserve=options.shares.interactive)
+        self.limits = limits or FleetLimits(pool, keys, self._queues, reserve=options.shares.interactive)
         self._slots = Slots(len(self._queues), options.concurrency, options.shares)
         self._passes: list[Pass] = []
         self._lease_lock = asyncio.Lock()
@@ -162,7 +162,7 @@ class LeasedWorker(Worker):
     async def _claim(self, room: int) -> int:
         self._passes = self._slots.passes(self._running())
         urgent = int(self._options.is_urgent)
-        args = (*self._limits.common, self.process, self._lease_ms, room, int(self._cautious), urgent)
+        args = (*self.limits.common, self.process, self._lease_ms, room, int(self._cautious), urgent)
         passes = [number for pass_ in self._passes for number in pass_]
         due_in_ms, flat, left, second, limited = await run_script(self.pool, _CLAIM, self._queues, (*args, *passes))
         self._due_in_s = POLL_S if due_in_ms < 0 else min(POLL_S, due_in_ms / 1000)
@@ -333,7 +333,7 @@ class LeasedWorker(Worker):
     async def _park(self, claim: Claim, lot: Lot) -> None:
         async with self._lease_lock:  # as for a release
             claim.renewed = False
-            await self._limits.park(
+            await self.limits.park(
                 lot, claim.queue, token=claim.token, job_id=claim.job_id, score=claim.score, due_ms=claim.due_ms
             )
 

@@ -9,6 +9,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ _ASK, _PARK, _SETTLE, _REFUSE = (
     load(name, "deltafan_worker", using=("limits",)) for name in ("ask", "park", "settle", "refuse")
 )
 _RETRY_PAUSE_S = 0.5
+_LAST_WORDS_S = 2.0
 _BYTES_PER_TOKEN = 4
 _ATTACHMENT = re.compile(rb'"data:[^"]*"')
 
@@ -128,6 +130,13 @@ class FleetLimits:
                 except (RedisError, OSError) as error:
                     log.debug("limits: %s is told later (%s)", script.name, error)
                     await asyncio.sleep(_RETRY_PAUSE_S)
+            self._news.task_done()
+
+    async def told(self) -> None:
+        """Wait for what is still to be said, though not through an outage: what a worker leaves unsaid is forgotten."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await self._news.join()
 
 
 def _numbers(limits: Limits) -> tuple[int | str, ...]:

@@ -92,6 +92,7 @@ async def open_worker(
                 tasks.create_task(Sweeper(_sweeping(settings, options, keys)).run(), name="deltafan-sweeper"),
             ]
             yield worker
+            await limits.told()
             for helper in helpers:
                 helper.cancel()
 
