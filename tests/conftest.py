@@ -1,4 +1,5 @@
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
 
@@ -15,6 +16,8 @@ collect_ignore_glob = [] if find_spec("aiohttp") else ["contract/test_simulated_
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background job ignores Ctrl-C and so would every process that a test starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "immortal_keys(reason): this test may leave keys without a lifetime")
 
 
