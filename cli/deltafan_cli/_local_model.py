@@ -15,6 +15,7 @@ from deltafan_cli._embedded import NotInstalled, announce, child_server, wait_fo
 
 MODEL = "smollm2"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TEMPLATE = Path(__file__).with_name("local_model.jinja")
 CONTEXT_TOKENS = 8192
 """What the model was trained for; `kv_unified` gives all of it to each slot while the others leave it free."""
 SLOTS = 4
@@ -59,6 +60,7 @@ def _serve(port: int) -> None:
     params = xllamacpp.CommonParams()
     params.model.path = str(weights_path())
     params.model_alias = {MODEL}
+    params.chat_template = TEMPLATE.read_text()
     params.hostnames = ["127.0.0.1"]
     params.port = port
     params.n_ctx = CONTEXT_TOKENS

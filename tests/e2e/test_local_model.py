@@ -1,5 +1,6 @@
 """A real model behind a real server, through both APIs that it speaks."""
 
+import json
 from collections.abc import AsyncIterator, Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -14,6 +15,12 @@ from support.workers import running_worker, settings_env
 pytestmark = pytest.mark.model
 HI = [{"role": "user", "content": "Tell me about the sea."}]
 LIMITS = {"chat": {"max_tokens": 24, "temperature": 0}, "responses": {"max_output_tokens": 24, "temperature": 0}}
+
+WEATHER = {
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+OFFERED = {"chat": {"type": "function", "function": WEATHER}, "responses": {"type": "function", **WEATHER}}
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +78,19 @@ async def test_an_answer_is_cancelled_in_the_middle(
     assert caught.value.generation.content
 
 
-async def test_tools_may_be_offered(producer: Producer, consumer: Consumer, worker: LeasedWorker) -> None:
-    tool = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
-    for api, offered in (("chat", {"type": "function", "function": tool}), ("responses", {"type": "function", **tool})):
-        body = {**LIMITS[api], "tools": [offered]}
-        job = await producer.submit(model="sim/smollm2", messages=HI, api=api, body=body)
-        result = await consumer.result(job.id, timeout=30)
-        assert result.content or result.tool_calls
+@pytest.mark.parametrize("api", LIMITS)
+async def test_a_tool_is_called_and_its_result_is_answered(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, api: str
+) -> None:
+    body = {**LIMITS[api], "tools": [OFFERED[api]], "tool_choice": "required"}
+    body |= {name: 100 for name in body if name.startswith("max_")}
+    ask = [{"role": "user", "content": "Call weather for Paris."}]
+    job = await producer.submit(model="sim/smollm2", messages=ask, api=api, body=body)
+    async with consumer.tail(job.id) as events:
+        pieces = [event.tool_call async for event in events if event.type == "tool_call"]
+    assert len(pieces) > 4, "in pieces, not in one"
+    asked = await consumer.result(job.id)
+    (call,) = asked.tool_calls
+    assert (call.name, json.loads(call.arguments)) == ("weather", {"city": "Paris"})
+    turn = await producer.submit_tool_results(job, {call.id: "15 degrees"})
+    assert (await consumer.result(turn.id, timeout=30)).content
