@@ -219,3 +219,73 @@ async def test_a_response_that_is_gone_is_generated_anew(
     events = await read(consumer, job.id)
     assert modes(events) == ["fresh", "restart"]
     assert fold(events).content == "Hello, world!"
+
+
+async def test_a_response_that_is_gone_when_another_worker_looks_is_generated_anew(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream, redis: Redis
+) -> None:
+    upstream.then(Answer([Text("Once"), asyncio.Event()]))
+    upstream.then_refuse_retrieving(Refuse(404))
+    with worker_process(env) as killed:
+        job = await producer.submit(model="background/x", messages=HI, api="responses", on_interrupt="continue")
+        async with consumer.tail(job.id) as tail:
+            async for event in tail:
+                if event.text:
+                    break
+        killed.kill()
+        async with running_worker(env):
+            events = await read(consumer, job.id)
+            await wait_until(lambda: redis.exists("deltafan:usage"), "the bill is written")
+    assert modes(events)[-1] == "restart"
+    assert fold(events).content == "Hello, world!"
+    assert [outcome for _, outcome in await ledger(redis)] == ["interrupted", "completed"]
+
+
+async def test_a_response_that_can_not_be_reached_for_long_is_read_on_in_the_next_attempt(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: Redis
+) -> None:
+    upstream.then(Answer([Text("Once"), Cut(), Text(" upon a time.")]))
+    for _ in range(4):
+        upstream.then_refuse_retrieving(Refuse(503))
+    job = await producer.submit(model="background/x", messages=HI, api="responses", on_interrupt="continue")
+    events = await read(consumer, job.id)
+    assert modes(events)[-1] == "continue"
+    assert fold(events).content == "Once upon a time."
+    assert [request.method for request in upstream.requests].count("POST") == 1, "the model was called once"
+    await wait_until(lambda: redis.exists("deltafan:usage"), "the bill is written")
+    assert [outcome for _, outcome in await ledger(redis)] == ["completed"], "and billed once"
+
+
+async def test_a_response_whose_worker_died_is_ended_with_its_job(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    upstream.then(Answer([Text("Once"), asyncio.Event()]))
+    with worker_process(env) as killed:
+        job = await producer.submit(model="background/x", messages=HI, api="responses", on_interrupt="continue")
+        async with consumer.tail(job.id) as tail:
+            async for event in tail:
+                if event.text:
+                    break
+        killed.kill()
+        await producer.cancel(job.id)
+        async with running_worker(env):
+            await wait_until(lambda: upstream.requests[-1].path.endswith("/cancel"), "the provider is told")
+
+
+async def test_a_response_is_ended_before_another_is_made_in_its_place(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
+) -> None:
+    upstream.then(Answer([asyncio.Event()]))
+    for _ in range(4):
+        upstream.then_refuse_retrieving(Refuse(503))
+    job = await producer.submit(
+        model="background/x",
+        messages=HI,
+        api="responses",
+        on_interrupt="continue",
+        timeouts={"first_delta_s": 0.3},
+    )
+    assert (await consumer.result(job.id, timeout=20)).content == "Hello, world!"
+    paths = [(request.method, request.path.rpartition("/")[2]) for request in upstream.requests]
+    posts = [index for index, (method, end) in enumerate(paths) if (method, end) == ("POST", "responses")]
+    assert ("POST", "cancel") in paths[posts[0] : posts[1]]

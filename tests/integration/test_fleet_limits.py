@@ -19,10 +19,12 @@ from deltafan.testing import ScriptedUpstream
 from deltafan.testing import chat as script
 from deltafan_config import load_settings
 from deltafan_worker._leased import LeasedWorker
-from deltafan_worker._limits import Grant, Used
+from deltafan_worker._limits import FleetLimits, Grant, Used
 from deltafan_worker.main import open_worker
 from deltafan_worker.serialization import deserialize
 from support.limits import pass_time
+from support.proxy import tcp_proxy
+from support.valkey import Valkey
 from support.waiting import wait_until
 from support.workers import running_worker, settings_env, worker_process
 
@@ -279,3 +281,43 @@ async def test_a_job_that_waits_can_be_cancelled_and_heeds_its_deadline(
     with pytest.raises(JobFailed, match="deadline"):
         await consumer.result(late[0], timeout=10)
     await let_time_pass_until_ended(redis, 5)
+
+
+async def test_an_abort_that_arrives_while_a_job_is_parked_ends_it(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heartbeat takes the request out of arq's list; from then on we alone know of it."""
+    await whole_answers(consumer, await submit(producer, 3, "narrow/m"))
+    ask, asked = FleetLimits.ask, asyncio.Event()
+
+    async def slow(self: FleetLimits, *args: Any, **options: Any) -> Any:
+        asked.set()
+        (claim,) = worker.claims.values()
+        await wait_until(lambda: claim.job_id in worker.aborting_tasks, "the heartbeat has seen the abort")
+        return await ask(self, *args, **options)
+
+    monkeypatch.setattr(FleetLimits, "ask", slow)
+    (late,) = await submit(producer, 1, "narrow/m")
+    await asked.wait()
+    await redis.zadd("arq:abort", {late: 1})
+    with pytest.raises(JobCancelled):
+        await consumer.result(late, timeout=10)
+
+
+async def test_an_outage_of_the_queue_while_room_is_asked_for_costs_no_attempt(
+    producer: Producer, consumer: Consumer, valkey: Valkey, redis: Redis, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    async with tcp_proxy(valkey.port) as proxy:
+        env = settings_env(proxy.url, upstream.url, tmp_path, streams_url=valkey.url, lease_s=8)
+        upstream.then(script.refusal("server_error", "not now", 503))
+        async with running_worker(env):
+            (job_id,) = await submit(producer, 1, "narrow/m")
+            await wait_until(lambda: upstream.requests, "it has called, and will ask for room again")
+            proxy.refuses = True
+            proxy.cut()
+            before = proxy.accepted
+            await wait_until(lambda: proxy.accepted > before + 8, "it has asked in vain")
+            proxy.refuses = False
+            await whole_answers(consumer, [job_id])
+            await wait_until(lambda: redis.exists("deltafan:usage"), "the bill is written")
+    assert await ledger(redis) == [(1, "completed")]

@@ -185,6 +185,22 @@ async def test_a_defect_in_a_run_neither_hides_nor_repeats_for_ever(
         assert (await failure_of(consumer, job.id))[0] == "too_many_attempts"
 
 
+@pytest.mark.parametrize("place", ["_calls.ModelCalls.prepare", "_run.parse_request"])
+async def test_a_defect_before_a_run_ends_the_job(
+    producer: Producer, consumer: Consumer, env: dict[str, str], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Nothing has counted it yet, so it would be claimed every second for ever."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(f"deltafan_worker.{place}", broken)
+    job = await producer.submit(model="sim", messages=HI)
+    async with running_worker(env):
+        code, _ = await failure_of(consumer, job.id)
+    assert code == "internal_error"
+
+
 @asynccontextmanager
 async def limited(place: str, redis_url: str, other: Valkey) -> AsyncIterator[Producer]:
     streams_url = other.url if place == "two servers" else None

@@ -114,9 +114,26 @@ async def test_the_watchdog_barks_at_a_silent_start_and_in_the_middle() -> None:
     assert first.value.code == "first_delta_timeout"
     with pytest.raises(Silence) as later:
         async with Watchdog(10, 0.02) as dog:
-            dog.fed()
+            dog.fed(has_delta=True)
             await asyncio.Event().wait()
     assert later.value.code == "silence_timeout"
+
+
+async def test_data_without_a_delta_is_no_beginning() -> None:
+    with pytest.raises(Silence) as silence:
+        async with Watchdog(0.08, 0.01) as dog:
+            dog.fed(has_delta=False)  # a model that says it has begun, and thinks
+            await asyncio.Event().wait()
+    assert silence.value.code == "first_delta_timeout"
+    with pytest.raises(Silence) as silence:
+        async with Watchdog(0.03, 10) as dog:
+
+            def feed() -> bool:
+                dog.fed(has_delta=False)
+                return False
+
+            await wait_until(feed, "for ever")
+    assert silence.value.code == "first_delta_timeout", "though there was data all the time"
 
 
 async def test_a_fed_watchdog_lets_the_block_end() -> None:
@@ -124,7 +141,7 @@ async def test_a_fed_watchdog_lets_the_block_end() -> None:
         fed = iter(range(12))
 
         def feed() -> bool:
-            dog.fed()
+            dog.fed(has_delta=True)
             return next(fed, None) is None
 
         await wait_until(feed, "more than its limit has passed, in bits below it")

@@ -13,6 +13,10 @@ from deltafan_worker._responses import ResponsesDecoder
 from deltafan_worker._sse import SseDecoder, SseEvent
 from deltafan_worker._upstream_error import UpstreamError
 
+RESPONSE_LOST, RESUME_MISMATCH = "response_lost", "resume_mismatch"
+UNREADABLE = (RESPONSE_LOST, RESUME_MISMATCH)
+"""Codes of errors after which a response can not be read on: the answer must be begun anew."""
+
 
 @dataclass(frozen=True, slots=True)
 class ResponseNote:
@@ -35,10 +39,11 @@ class ResponseNote:
 class BackgroundDecoder(ResponsesDecoder):
     """Decodes a response over several connections, and tells its id as soon as it is known."""
 
-    def __init__(self, on_id: Callable[[str], None]) -> None:
+    def __init__(self, on_id: Callable[[str], None], response_id: str | None = None) -> None:
         super().__init__()
+        self.response_id = response_id
         self._on_id = on_id
-        self._told = False
+        self._told = response_id is not None
         self.last_event = -1
         """Number of the last event that was read; the next connection asks for what comes after it."""
 
@@ -74,7 +79,7 @@ class Unread:
         due = self._published[self._passed : self._passed + len(deltas)]
         if deltas[: len(due)] != list(due):
             raise UpstreamError(
-                code="resume_mismatch", message="the response is not the one that was read", retryable=True
+                code=RESUME_MISMATCH, message="the response is not the one that was read", retryable=True
             )
         self._passed += len(due)
         if rest := deltas[len(due) :]:

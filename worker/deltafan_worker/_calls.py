@@ -17,7 +17,7 @@ import aiohttp
 from deltafan._events import Delta
 from deltafan_worker._admission import Admission
 from deltafan_worker._apis import APIS, ending, generating, listening
-from deltafan_worker._background import BackgroundDecoder, ResponseNote, Unread
+from deltafan_worker._background import RESPONSE_LOST, BackgroundDecoder, ResponseNote, Unread
 from deltafan_worker._cooldown import Cooldowns
 from deltafan_worker._decoder import Completion, Decoder
 from deltafan_worker._ending import CallMeter, Ending
@@ -152,14 +152,25 @@ class ModelCalls:
             except UpstreamError as error:
                 if decoder.response_id is None or not error.may_be_found_again:
                     raise
-                completion = await self._listen(route, decoder.response_id, decoder, publish)
+                completion = await self._find_again(route, decoder.response_id, decoder, writer, meter)
         return Ending.completed(completion.finish_reason)
+
+    async def _find_again(
+        self, route: Route, response_id: str, decoder: BackgroundDecoder, writer: StreamWriter, meter: CallMeter
+    ) -> Completion:
+        """Read on in a response of our own whose connection broke."""
+        try:
+            return await self._listen(route, response_id, decoder, _publishing(writer, meter))
+        except UpstreamError:
+            if not len(writer.log):  # another may be made in its place
+                await self.end_background((route,), ResponseNote(meter.call_id, route.provider, response_id))
+            raise
 
     async def listen_again(
         self, route: Route, note: ResponseNote, published: Sequence[Delta], writer: StreamWriter, meter: CallMeter
     ) -> Ending:
         """Read on in a response that another worker began, of which `published` is in the stream."""
-        decoder = BackgroundDecoder(lambda _id: None)
+        decoder = BackgroundDecoder(lambda _id: None, note.id)
         with self._metered(route, decoder, meter):
             try:
                 publish = Unread(published, _publishing(writer, meter))
@@ -182,18 +193,20 @@ class ModelCalls:
             except UpstreamError as error:
                 if error.status == 404:
                     message = "the provider no longer has the response"
-                    raise UpstreamError(code="response_lost", message=message, retryable=True) from None
+                    raise UpstreamError(code=RESPONSE_LOST, message=message, retryable=True) from None
                 retry = 1 if decoder.last_event > before else retry + 1
                 pause_s = pause_before(retry, error, max_retries=self._max_retries, jitter=random.random())
                 if pause_s is None or not error.may_be_found_again:
                     raise
             await asyncio.sleep(pause_s)
 
-    async def end_background(self, meter: CallMeter) -> None:
-        """End a response that would be generated on without us; best effort."""
-        if meter.route.in_background and meter.response_id is not None:
-            with suppress(UpstreamError):
-                await tell(self._session, ending(meter.route, meter.response_id), within_s=5.0)
+    async def end_background(self, routes: Sequence[Route], response: ResponseNote | None) -> None:
+        """End a response that nobody will read, if there is one: it would be generated on; best effort."""
+        for route in routes:
+            if response is not None and route.in_background and route.provider == response.provider:
+                with suppress(UpstreamError):
+                    await tell(self._session, ending(route, response.id), within_s=5.0)
+                return
 
     @contextmanager
     def _metered(self, route: Route, decoder: Decoder, meter: CallMeter) -> Iterator[None]:

@@ -10,6 +10,7 @@ from deltafan._events import CANCELLED, COMPLETED, CONTENT, FAILED, REASONING, R
 from deltafan._fold import Generation
 from deltafan._position import Position
 from deltafan._usage import CallOutcome, UsageRecord, UsageSource
+from deltafan_worker._background import ResponseNote
 from deltafan_worker._log import AttemptLog
 from deltafan_worker._route import Route
 from deltafan_worker._usage import TokenCounts, cost, estimate, normalise
@@ -75,9 +76,11 @@ class CallMeter:
     response_id: str | None = None
 
     @property
-    def goes_on_alone(self) -> bool:
-        """Whether the call is billed by whoever reads its response to the end, not by us."""
-        return self.route.in_background and self.response_id is not None
+    def response(self) -> ResponseNote | None:
+        """Where the answer can be found again if we leave it; whoever reads it to its end bills the call."""
+        if not self.route.in_background or self.response_id is None:
+            return None
+        return ResponseNote(self.call_id, self.route.provider, self.response_id)
 
     def record(self, outcome: CallOutcome, *, attempt: int, attempt_no: int, output_bytes: int = 0) -> UsageRecord:
         """The usage record as things stand; without the provider's own, an estimate of what was streamed."""

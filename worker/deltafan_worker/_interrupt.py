@@ -37,12 +37,15 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.reason: Reason | None = None
+        self.was_aborted = False
+        """Whether arq's abort was asked for, at any time: nobody else remembers it."""
         self.detail = ""
         """In the words of whoever asked, where somebody did."""
         self._timeout: asyncio.Timeout | None = None
 
     def cut(self, reason: Reason, detail: str = "") -> None:
         """Stop what is being run, or will be."""
+        self.was_aborted = self.was_aborted or reason is Reason.ABORTED
         if self.reason is None:
             self.reason, self.detail = reason, detail
             if self._timeout is not None and not self._timeout.expired():

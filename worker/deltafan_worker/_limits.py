@@ -92,11 +92,14 @@ class FleetLimits:
         self._news: asyncio.Queue[tuple[Script, tuple[str, ...], tuple[Any, ...]]] = asyncio.Queue()
 
     async def ask(self, route: Route, size: Size, job_id: str, *, urgent: bool, line: str = "") -> Grant | Lot:
-        """Count a call if there is room for it. With `line`, a queue, not before those of it that wait already."""
+        """Count a call if there is room for it. With `line`, a queue, not before those of it that wait already.
+
+        Waits an outage of the queue out.
+        """
         most = "" if size.most_output_tokens is None else size.most_output_tokens
         numbers = [*_numbers(route.provider_limits), *_numbers(route.limits)]
         args = (*self.common, group_of(route), size.input_tokens, most, int(urgent), job_id, line, *numbers)
-        allowed, second, tokens = await run_script(self._pool, _ASK, (), args)
+        allowed, second, tokens = await self._insist(_ASK, (), args)
         if allowed:
             return Grant(group=group_of(route), second=second, tokens=tokens)
         return Lot(group=group_of(route), tokens=tokens)
@@ -122,15 +125,16 @@ class FleetLimits:
     async def keep_telling(self) -> None:
         """Send what `settle` and `refused` have to say; through an outage, for as long as it takes."""
         while True:
-            script, keys, args = await self._news.get()
-            while True:
-                try:
-                    await run_script(self._pool, script, keys, args)
-                    break
-                except (RedisError, OSError) as error:
-                    log.debug("limits: %s is told later (%s)", script.name, error)
-                    await asyncio.sleep(_RETRY_PAUSE_S)
+            await self._insist(*await self._news.get())
             self._news.task_done()
+
+    async def _insist(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        while True:
+            try:
+                return await run_script(self._pool, script, keys, args)
+            except (RedisError, OSError) as error:
+                log.debug("limits: %s is run later (%s)", script.name, error)
+                await asyncio.sleep(_RETRY_PAUSE_S)
 
     async def told(self) -> None:
         """Wait for what is still to be said, though not through an outage: what a worker leaves unsaid is forgotten."""

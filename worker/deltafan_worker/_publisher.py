@@ -25,12 +25,12 @@ from deltafan._resp import (
 )
 from deltafan._url import masked_url
 from deltafan_worker._interrupt import Reason
+from deltafan_worker._replicas import Replicas
 from deltafan_worker._writer import StreamWriter
 
 log = logging.getLogger("deltafan.publisher")
 
 _RETRY_PAUSE_S = 0.2
-_DURABLE_TRIES = 20
 
 
 class Publisher:
@@ -42,8 +42,7 @@ class Publisher:
         self.keys = keys
         self._url = url
         self._beat_s = beat_s
-        self._replicas = replicas
-        self._replicas_timeout_ms = replicas_timeout_ms
+        self._replicas = Replicas(url, replicas, replicas_timeout_ms)
         self._connection: RespConnection | None = None
         self._connected = asyncio.Event()
         self._writers: set[StreamWriter] = set()
@@ -71,9 +70,9 @@ class Publisher:
         self._waiting.discard(writer)
         self._send((writer,))
 
-    def heal_soon(self, writer: StreamWriter) -> None:
-        """Start the writer's healing."""
-        self._tasks.create_task(writer.heal(), name=f"heal-{writer.job_id}")
+    def heal_soon(self, writer: StreamWriter, *, pause: bool = False) -> None:
+        """Start the writer's healing, at once or, where the server refuses everybody, after a moment."""
+        self._tasks.create_task(_heal(writer, _RETRY_PAUSE_S if pause else 0.0), name=f"heal-{writer.job_id}")
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Reply:
         """Run a script on the streams' connection, as often as it takes: scripts are safe to repeat."""
@@ -111,27 +110,9 @@ class Publisher:
         if self._connection is not None:
             self._connection.send(command, (handler,))
 
-    async def is_durable(self, state_key: str) -> bool:
-        """Whether the write just made on this connection has reached the configured replicas and still stands.
-
-        After a bounded time the answer is yes, with a warning: a fleet must not hang on a replica that is gone.
-        """
-        if self._replicas == 0:
-            return True
-        for _ in range(_DURABLE_TRIES):
-            await self._connected.wait()
-            assert self._connection is not None
-            commands = (pack("WAIT", self._replicas, self._replicas_timeout_ms), pack("HGET", state_key, "status"))
-            try:
-                heard, status = await self._connection.pipeline(commands)
-            except ConnectionLost:
-                return False
-            if status not in (b"completed", b"failed", b"cancelled"):
-                return False
-            if isinstance(heard, int) and heard >= self._replicas:
-                return True
-        log.warning("%s: fewer than %d replicas have the end of this job; going on", state_key, self._replicas)
-        return True
+    async def is_durable(self, keys: Sequence[str]) -> bool:
+        """Whether the job's end, just written, still stands and has reached the configured replicas."""
+        return await self._replicas.have_end(keys)
 
     def on_cancel(self, job_id: str) -> None:
         """A cancel was announced: look at the job's state now instead of with the next heartbeat."""
@@ -144,6 +125,7 @@ class Publisher:
         """Hold the connection, reopen it when it breaks, and keep the streams alive; runs until cancelled."""
         try:
             async with asyncio.TaskGroup() as self._tasks:
+                self._tasks.create_task(self._replicas.keep_asking(), name="deltafan-replicas")
                 while True:
                     await self._serve(await self._open())
         finally:
@@ -231,3 +213,9 @@ class Publisher:
         self._unanswered -= 1
         if self._unanswered == 0 and self._waiting:
             self._flush_waiting()
+
+
+async def _heal(writer: StreamWriter, pause_s: float) -> None:
+    if pause_s:
+        await asyncio.sleep(pause_s)
+    await writer.heal()

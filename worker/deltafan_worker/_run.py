@@ -1,6 +1,7 @@
 """The job function: one prompt job from claim to terminal entry."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from deltafan._request import JobRequest, check_job_id, parse_request
 from deltafan._retention import Retention
 from deltafan._usage import CallOutcome, UsageRecord
 from deltafan_worker._admission import Admission, MustWait
+from deltafan_worker._background import UNREADABLE
 from deltafan_worker._calls import ModelCalls
 from deltafan_worker._claim import Claim, Leave
 from deltafan_worker._ending import CallMeter, Ending, members, seal
@@ -37,9 +39,12 @@ from deltafan_worker._writer import (
     StreamWriter,
 )
 
+log = logging.getLogger("deltafan.worker")
+
 RELEASE_DELAY_MS = 1000
 """A job that turned out to be another's is left to its owner for this long."""
 
+_DEFECT = Ending.failed("internal_error", "a defect in the worker; its log has the details")
 _LATE = Ending.failed("deadline_exceeded", "the job's deadline has passed")
 
 Resolve: TypeAlias = Callable[[str, str], Sequence[Route]]
@@ -105,10 +110,17 @@ class JobRunner:
         except MustWait as wait:
             claim.leave, claim.lot, claim.status = Leave.PARK, wait.lot, "queued"
             claim.due_ms = job.request.deadline_ms if job.request else None
+        except Exception:
+            if writer.run:  # counted: it is run again, and not for ever
+                raise
+            log.exception("job %s: ends here, since it would fail like this for ever", job.id)
+            await self._attempts(_Job(id=job.id, request=job.request, refusal=_DEFECT), writer, claim)
         finally:
             writer.close()
             if job.admission is not None:
                 job.admission.give_back()
+        if interrupt.was_aborted and claim.leave is not Leave.FINISH:
+            await self._record_cancel(writer)  # the queue has forgotten it, and whoever runs the job next must know
         if interrupt.reason is Reason.ABORTED and claim.status == "cancelled":
             raise asyncio.CancelledError
         return {"job_id": job.id, "status": claim.status}
@@ -138,13 +150,22 @@ class JobRunner:
         except DeltafanError as error:
             code = "invalid_request" if isinstance(error, InvalidRequest) else error.code
             return _Job(id=job_id, refusal=Ending.failed(code, str(error)))
+        except Exception:
+            log.exception("job %s: can not be read", job_id)
+            return _Job(id=job_id, refusal=_DEFECT)
 
     async def _attempts(self, job: _Job, writer: StreamWriter, claim: Claim) -> None:
         """Run attempts until one ends the job, or it is another's, or it is to wait."""
-        self._calls.prepare(job.routes)
         if job.admission is not None:
-            job = replace(job, routes=await job.admission.choose(job.routes))
-        verdict, meter, plan = await self._begin(job, writer, await self._left_by_others(job, writer, claim))
+            self._calls.prepare(job.routes)
+        leftover = await self._left_by_others(job, writer, claim)
+        if job.admission is not None and leftover.response is None:
+            chosen = await self._choose(job, job.admission, writer, claim)
+            if not isinstance(chosen, _Job):
+                self._settle(claim, chosen, writer, None)
+                return
+            job = chosen
+        verdict, meter, plan = await self._begin(job, writer, leftover)
         while isinstance(verdict, Begun):
             try:
                 ending = await self._generate(job, writer, meter, plan)
@@ -155,20 +176,51 @@ class JobRunner:
             if ending is None:
                 await self._let_go(writer, meter, claim)
                 return
-            if self._may_run_again(job, writer, ending):
-                note, leftover = _note(meter, writer, "interrupted"), Leftover(writer.broken_off())
+            if meter is not None and self._may_run_again(job, writer, ending, plan):
+                leftover, note = await self._left_by_us(job, writer, ending, meter), _note(meter, writer, "interrupted")
                 verdict, meter, plan = await self._begin(job, writer, leftover, note)
             else:
                 verdict = await writer.finish(partial(_seal, ending, writer, meter))
         self._settle(claim, verdict, writer, meter)
-        if meter is not None and isinstance(verdict, Ended) and verdict.status != COMPLETED:
-            await self._calls.end_background(meter)
+        if isinstance(verdict, Ended) and verdict.status != COMPLETED:
+            await self._calls.end_background(job.routes, meter.response if meter else leftover.response)
+
+    async def _choose(
+        self, job: _Job, admission: Admission, writer: StreamWriter, claim: Claim
+    ) -> "_Job | Ended | NotOurs":
+        """The job with those of its providers first that have room; or what became of it before it had any.
+
+        Raises:
+            MustWait: none has.
+        """
+        left_s = _left_s(job.request) if job.request else None
+        try:
+            routes = await writer.interrupt.run(admission.choose(job.routes), within_s=left_s)
+        except MustWait:
+            # The state that a dead worker has left says `running`: a cancel would wait for it to end the job.
+            verdict = await writer.rest() if claim.number > 1 else None
+            if verdict is None:
+                raise
+            return verdict
+        if routes is not None:
+            return replace(job, routes=routes)
+        ending = _ending_of(writer.interrupt)
+        return NotOurs() if ending is None else replace(job, refusal=ending, admission=None)
 
     async def _left_by_others(self, job: _Job, writer: StreamWriter, claim: Claim) -> Leftover:
-        """What an earlier claim's attempt has left, for a job that may go on from it."""
-        if claim.number < 2 or not job.goes_on:
+        """What an earlier claim's attempt has left, for a job that may go on from it, or must end it."""
+        if claim.number < 2 or job.request is None or job.request.on_interrupt != "continue":
             return Leftover()
         return await read_leftover(self._publisher, writer.events_key, writer.state_key)
+
+    async def _left_by_us(self, job: _Job, writer: StreamWriter, ending: Ending, meter: CallMeter) -> Leftover:
+        """What our own attempt has left, for the next one in its place."""
+        if not job.goes_on:
+            return Leftover()
+        if ending.failure is not None and ending.failure.code in UNREADABLE:
+            await self._calls.end_background(job.routes, meter.response)
+            return Leftover()
+        return Leftover(await writer.broken_off(), meter.response)
 
     async def _begin(
         self, job: _Job, writer: StreamWriter, leftover: Leftover, note: bytes = b""
@@ -181,9 +233,13 @@ class JobRunner:
         for plan in (onwards, anew):
             if plan is not None:
                 meter = self._meter(job, plan)
-                verdict = await writer.begin(self._call(meter), limits, previous_note=note, broken=plan.broken)
-                if not isinstance(verdict, Moved):
-                    return verdict, meter, plan
+                previous_note = b"" if plan.response else note  # the call goes on, and is billed at its end
+                verdict = await writer.begin(self._call(meter), limits, previous_note=previous_note, broken=plan.broken)
+                if isinstance(verdict, Moved):
+                    continue
+                if isinstance(verdict, Begun) and plan.response is None:
+                    await self._calls.end_background(job.routes, leftover.response)
+                return verdict, meter, plan
         raise AssertionError("an attempt from the start depends on nothing that could have moved")
 
     async def _generate(self, job: _Job, writer: StreamWriter, meter: CallMeter | None, plan: Plan) -> Ending | None:
@@ -204,11 +260,12 @@ class JobRunner:
             await self._record_cancel(writer)
         return _ending_of(writer.interrupt)
 
-    def _may_run_again(self, job: _Job, writer: StreamWriter, ending: Ending) -> bool:
+    def _may_run_again(self, job: _Job, writer: StreamWriter, ending: Ending, plan: Plan) -> bool:
         """Whether an answer that broke after its first delta is generated again, or gone on with."""
         broken = ending.status == FAILED and ending.failure is not None and ending.failure.retryable
         allowed = job.request is not None and job.request.on_interrupt != "fail" and writer.interrupt.reason is None
-        return broken and allowed and len(writer.log) > 0 and writer.attempt_no < self._max_attempts
+        has_begun = len(writer.log) > 0 or plan.response is not None
+        return broken and allowed and has_begun and writer.attempt_no < self._max_attempts
 
     async def _record_cancel(self, writer: StreamWriter) -> None:
         """Make arq's abort a cancel of ours, so that it holds whatever happens next."""
@@ -219,18 +276,18 @@ class JobRunner:
         """Leave a running job to the next worker, with its bill so far."""
         claim.leave, claim.status, claim.release_delay_ms = Leave.RELEASE, "running", 0
         if writer.interrupt.reason is Reason.HAND_OVER:
-            await writer.hand_over(_note(meter, writer, "handed_over"))
-        elif meter is not None and not meter.goes_on_alone:
-            claim.notes = ((meter.call_id, _note(meter, writer, "interrupted")),)
+            called = meter is not None and (_was_made(meter) or meter.response is not None)
+            await writer.hand_over(_note(meter, writer, "handed_over") if called else b"")
+        else:
+            claim.notes = _notes_of(meter, writer)
 
     def _settle(self, claim: Claim, verdict: Ended | NotOurs, writer: StreamWriter, meter: CallMeter | None) -> None:
-        called = meter is not None and meter.started_at_ms is not None
         if isinstance(verdict, Ended):
             claim.leave, claim.status, claim.notes = Leave.FINISH, verdict.status, verdict.notes
             return
-        claim.leave, claim.status, claim.release_delay_ms = Leave.RELEASE, "running", RELEASE_DELAY_MS
-        if called and meter is not None and not meter.goes_on_alone:
-            claim.notes = ((meter.call_id, _note(meter, writer, "interrupted")),)
+        delay_ms = 0 if writer.interrupt.reason is Reason.HAND_OVER else RELEASE_DELAY_MS
+        claim.leave, claim.status, claim.release_delay_ms = Leave.RELEASE, "running", delay_ms
+        claim.notes = _notes_of(meter, writer)
 
     def _meter(self, job: _Job, plan: Plan) -> CallMeter | None:
         if job.request is None or job.refusal is not None:
@@ -243,6 +300,7 @@ class JobRunner:
             worker=self._worker,
             submitted_at_ms=job.request.submitted_at_ms,
             route=plan.routes[0],
+            response_id=plan.response.id if plan.response else None,
         )
 
     def _call(self, meter: CallMeter | None) -> Call:
@@ -290,6 +348,17 @@ def _record(meter: CallMeter, writer: StreamWriter, outcome: CallOutcome) -> Usa
 
 def _note(meter: CallMeter | None, writer: StreamWriter, outcome: CallOutcome) -> bytes:
     return b"" if meter is None else orjson.dumps(_record(meter, writer, outcome).to_json())
+
+
+def _was_made(meter: CallMeter) -> bool:
+    return meter.started_at_ms is not None
+
+
+def _notes_of(meter: CallMeter | None, writer: StreamWriter) -> tuple[tuple[str, bytes], ...]:
+    """The bill of a call whose job is another's now; none for a response that is read on there."""
+    if meter is None or not _was_made(meter) or meter.response is not None:
+        return ()
+    return ((meter.call_id, _note(meter, writer, "interrupted")),)
 
 
 def _ending_of(interrupt: Interrupt) -> Ending | None:

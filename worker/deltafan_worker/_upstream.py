@@ -78,10 +78,10 @@ async def _pump(
     read, frames = response.content.readany, 0
     while not decoder.finished and (data := await read()):
         decoder.feed(data)
-        _publish_decoded(decoder, publish)
+        has_delta = _publish_decoded(decoder, publish)
         if decoder.frames != frames:
             frames = decoder.frames
-            watchdog.fed()
+            watchdog.fed(has_delta=has_delta)
     decoder.end()
     _publish_decoded(decoder, publish)
     return decoder.completion()
@@ -96,7 +96,7 @@ async def _read_whole(response: aiohttp.ClientResponse, max_output_bytes: int) -
     return bytes(body)
 
 
-def _publish_decoded(decoder: Decoder, publish: Callable[[list[Delta]], None]) -> None:
+def _publish_decoded(decoder: Decoder, publish: Callable[[list[Delta]], None]) -> bool:
     deltas: list[Delta] = []
     next_delta = decoder.next_delta
     try:
@@ -105,6 +105,7 @@ def _publish_decoded(decoder: Decoder, publish: Callable[[list[Delta]], None]) -
     finally:  # also what came before an error
         if deltas:
             publish(deltas)
+    return bool(deltas)
 
 
 @asynccontextmanager

@@ -16,6 +16,9 @@ class Silence(Exception):
 class Watchdog:
     """`async with Watchdog(first_s, silence_s) as dog:` raises Silence when `dog.fed()` is not called in time.
 
+    Until it has been fed a delta there is one time for all: data without any, such as the news that the model has begun
+    to think, changes nothing.
+
     Feeding it costs one attribute write: the one timer runs out, looks when the last food came, and sleeps on.
     """
 
@@ -28,10 +31,12 @@ class Watchdog:
         self._barked = False
         self._hungry = True
 
-    def fed(self) -> None:
+    def fed(self, *, has_delta: bool) -> None:
         """Data has come."""
-        self._fed_at = self._loop.time()
-        self._hungry = False
+        if has_delta:
+            self._hungry = False
+        if not self._hungry:
+            self._fed_at = self._loop.time()
 
     async def __aenter__(self) -> Self:
         await self._scope.__aenter__()
@@ -48,7 +53,7 @@ class Watchdog:
             if not self._barked:
                 raise
             if self._hungry:
-                raise Silence("first_delta_timeout", f"no data within {self._first_s:g} s") from None
+                raise Silence("first_delta_timeout", f"no delta within {self._first_s:g} s") from None
             raise Silence("silence_timeout", f"no data for {self._silence_s:g} s in mid-answer") from None
 
     def _look(self) -> None:

@@ -10,7 +10,7 @@ from uuid import uuid4
 from deltafan._events import Delta
 from deltafan._lua import Script, load
 from deltafan._position import Position
-from deltafan._resp import Argument, Reply, ignore, pack
+from deltafan._resp import Argument, Reply, ServerError, ignore, pack
 from deltafan._retention import Retention
 from deltafan_worker._interrupt import Interrupt, Reason
 from deltafan_worker._log import AttemptLog, append_head
@@ -23,8 +23,8 @@ log = logging.getLogger("deltafan.writer")
 MAX_REPLAYS = 5
 """How often one run writes its stream anew before it gives up: a server that keeps losing keys is not noeviction."""
 
-_BEGIN, _COMPARE, _FINISH, _HAND_OVER, _NOTE_RESPONSE = (
-    load(name, "deltafan_worker") for name in ("begin", "compare", "finish", "hand_over", "note_response")
+_BEGIN, _COMPARE, _FINISH, _HAND_OVER, _NOTE_RESPONSE, _REST = (
+    load(name, "deltafan_worker") for name in ("begin", "compare", "finish", "hand_over", "note_response", "rest")
 )
 
 
@@ -121,6 +121,7 @@ class StreamWriter:
         self._sent = 0
         self._flowing = False
         self._doubtful = False
+        self._closed = False
         self._replays = 0
         self._healing = asyncio.Lock()
 
@@ -137,9 +138,16 @@ class StreamWriter:
             origin = str(broken.position) if broken else ""
             return await self._open("restart" if self.run else "claim", call, limits, previous_note, origin)
 
-    def broken_off(self) -> Broken | None:
-        """What there is of this attempt's answer, for another to go on from; None when there is nothing."""
-        return Broken(Position(self.attempt, len(self.log)), self.log.deltas()) if len(self.log) else None
+    async def broken_off(self) -> Broken | None:
+        """What there is of this attempt's answer, for another to go on from; None when there is nothing.
+
+        All of it is in the stream then, or on its way ahead of whatever is sent next.
+        """
+        if not self._flowing:
+            await self.heal()
+        self._publisher.flush(self)
+        deltas = self.log.deltas()
+        return Broken(Position(self.attempt, len(self.log)), deltas) if deltas else None
 
     def extend(self, deltas: Iterable[Delta]) -> None:
         """Add deltas to the stream, all of a packet at once: they go out now, or with the next flush."""
@@ -159,9 +167,14 @@ class StreamWriter:
 
     def on_append(self, reply: Reply) -> None:
         """Take the reply to one append. Anything but an id stops this job's appends until a compare has told why."""
-        if type(reply) is not bytes and self._flowing:
-            self.stop_flow()
-            self._publisher.heal_soon(self)
+        if type(reply) is bytes or not self._flowing:
+            return
+        self.stop_flow()
+        # An id that is taken, or a key that is gone: the compare mends that. Anything else is the server's own trouble.
+        is_refused = isinstance(reply, ServerError) and "equal or smaller" not in str(reply)
+        if is_refused:
+            log.warning("job %s: the server refused an entry (%s); it is written again", self.job_id, reply)
+        self._publisher.heal_soon(self, pause=is_refused)
 
     def stop_flow(self) -> None:
         """Hold back appends until a compare: the connection is new, or one was refused."""
@@ -171,7 +184,7 @@ class StreamWriter:
     async def heal(self) -> Ended | NotOurs | None:
         """Find out where the stream stands and put back what it lacks; None when it is ours and whole again."""
         async with self._healing:
-            if self._flowing or self.run == "":
+            if self._flowing or self._closed or self.run == "":
                 return None
             verdict = await self._compare()
         if isinstance(verdict, Ended):
@@ -208,10 +221,18 @@ class StreamWriter:
 
         Returns whether that was done: not for a job that is another's or has ended.
         """
-        self._publisher.flush(self)
-        self._flowing = False
-        args = (self.run, self._call.id, note, self._retention.live_ms, int(unless_cancelled))
-        return bool(await self._ask(_HAND_OVER, args))
+        async with self._healing:
+            self._publisher.flush(self)
+            self._flowing = False
+            args = (self.run, self._call.id, note, self._retention.live_ms, int(unless_cancelled))
+            return bool(await self._ask(_HAND_OVER, args))
+
+    async def rest(self) -> Ended | NotOurs | None:
+        """Before any attempt of ours: let the job wait in the queue, whoever ran it before. None when it does."""
+        reply = await self._ask(_REST, (self._claim, self._retention.live_ms, *self._retention.ended_ms))
+        if reply[0] == b"ENDED":
+            return _ended(reply)
+        return NotOurs() if reply[0] == b"STALE" else None
 
     def note_response(self, note: str) -> None:
         """Note where the upstream response can be found again; best effort, nobody waits for it."""
@@ -220,7 +241,7 @@ class StreamWriter:
 
     def close(self) -> None:
         """Leave the publisher: nothing more is sent for this job."""
-        self._flowing = False
+        self._flowing, self._closed = False, True
         self._publisher.remove(self)
 
     async def _open(
@@ -232,6 +253,9 @@ class StreamWriter:
         owner = (run, self.run, self._claim, self.attempt, mode, limits.max_runs, self._retention.live_ms)
         notes = (call.started, call.id, call.lost_note, previous_call, previous_note)
         reply = await self._ask(_BEGIN, (*owner, *notes, *self._retention.ended_ms, limits.on_interrupt, origin))
+        if self._closed:  # whoever ran the job has left it meanwhile, and this was a replay that nobody waits for
+            self._publisher.remove(self)
+            return NotOurs()
         if reply[0] == b"MOVED":
             return Moved()
         if reply[0] == b"STALE":
@@ -249,7 +273,7 @@ class StreamWriter:
     async def _compare(self) -> Ended | NotOurs | None:
         position = (self.run, self.attempt, self._claim, self._sent)
         reply = await self._ask(_COMPARE, (*position, self._retention.live_ms, *self._retention.ended_ms))
-        if reply[0] == b"FENCED":
+        if reply[0] == b"FENCED" or self._closed:
             return NotOurs()
         if reply[0] == b"ENDED":
             return _ended(reply)
@@ -258,7 +282,9 @@ class StreamWriter:
         if reply[0] == b"REPLAY":
             return await self._replay()
         if reply[0] == b"HEAL":
-            log.warning("job %s: the server lost entries; %d are written again", self.job_id, self._sent - reply[2])
+            log.warning(
+                "job %s: %d entries are not in the stream; writing them again", self.job_id, self._sent - reply[2]
+            )
             self._sent = reply[2]
         self._flowing = True
         self._publisher.flush_soon(self)
@@ -277,7 +303,7 @@ class StreamWriter:
         """Run a script of the job. An answer that the job has ended is believed once the replicas have it."""
         while True:
             reply = await self._publisher.run(script, self._keys, args)
-            if not _says_ended(reply) or await self._publisher.is_durable(self.state_key):
+            if not _says_ended(reply) or await self._publisher.is_durable(self._keys):
                 return reply
 
 

@@ -29,7 +29,7 @@ if owner == run then return { 'RUN', digits(attempt), runs, state[6] } end
 local newer = claim > owner_claim
 if mode == 'claim' then
   if not newer and (claim < owner_claim or owner ~= '') then return { 'STALE' } end
-elseif owner ~= '' and owner ~= prev and not newer and not (claim == owner_claim and min_attempt > attempt) then
+elseif owner ~= prev and not newer and (claim < owner_claim or owner ~= '' and min_attempt <= attempt) then
   return { 'STALE' }
 end
 

@@ -1,0 +1,197 @@
+"""A job's writer and the connection it writes on, where the server, the network or the order of things is unkind."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from redis.asyncio import Redis
+
+from deltafan import Producer, Retention
+from deltafan._background import background
+from deltafan._events import CONTENT, Delta
+from deltafan._keys import Keys
+from deltafan_worker._interrupt import Interrupt
+from deltafan_worker._publisher import Publisher
+from deltafan_worker._writer import Begun, Call, Ended, NotOurs, RunLimits, Sealed, StreamWriter
+from support.valkey import Valkey, valkey_server
+from support.waiting import wait_until
+
+HI = [{"role": "user", "content": "Hi"}]
+CALL = Call("c", '"model":"m"', '"outcome":"lost"')
+END = Sealed("completed", b"{}", b"{}", b"{}")
+
+
+@asynccontextmanager
+async def publishing(url: str, *, replicas: int = 0, timeout_ms: int = 100) -> AsyncIterator[Publisher]:
+    publisher = Publisher(url, Keys(), beat_s=1.0, replicas=replicas, replicas_timeout_ms=timeout_ms)
+    async with background(publisher.keep_open(), "publisher"):
+        yield publisher
+
+
+@pytest.fixture
+async def publisher(redis_url: str) -> AsyncIterator[Publisher]:
+    async with publishing(redis_url) as publisher:
+        yield publisher
+
+
+async def begun(publisher: Publisher, producer: Producer, job_id: str, claim: int = 1) -> StreamWriter:
+    """A writer with an attempt that is open."""
+    await producer.submit(model="m", messages=HI, job_id=job_id)
+    writer = StreamWriter(publisher, job_id, claim, Retention(), Interrupt())
+    assert isinstance(await writer.begin(CALL, RunLimits()), Begun)
+    return writer
+
+
+def say(writer: StreamWriter, text: str) -> None:
+    writer.extend([Delta(CONTENT, text.encode())])
+
+
+async def texts(redis: Redis, writer: StreamWriter) -> list[str]:
+    entries = await redis.xrange(writer.events_key)
+    return [fields[b"data"].decode() for _, fields in entries if fields[b"type"] == b"content"]
+
+
+async def test_a_missing_replica_holds_up_nobody_else(redis: Redis, redis_url: str, producer: Producer) -> None:
+    async with publishing(redis_url, replicas=1, timeout_ms=300) as publisher:
+        ending, other = await begun(publisher, producer, "ending"), await begun(publisher, producer, "other")
+        async with asyncio.TaskGroup() as tasks:
+            finished = tasks.create_task(ending.finish(lambda _: END))
+            await wait_until(lambda: redis.exists("deltafan:{ending}:result"), "the end is written")
+            for number in range(5):
+                say(other, str(number))
+
+                async def is_there(count: int = number + 1) -> bool:
+                    return len(await texts(redis, other)) == count
+
+                await wait_until(is_there, "the others' deltas pass")
+            assert not finished.done(), "it still waits for its replica"
+        verdict = finished.result()
+        assert isinstance(verdict, Ended), "though not for ever"
+        assert verdict.status == "completed"
+
+
+async def test_a_replica_that_has_the_end_is_not_waited_for(valkey: Valkey, redis: Redis, producer: Producer) -> None:
+    with valkey_server() as copy:
+        async with Redis.from_url(copy.url) as replica:
+            await replica.replicaof("127.0.0.1", str(valkey.port))
+
+            async def is_linked() -> bool:
+                return bool((await redis.info("replication"))["connected_slaves"])
+
+            await wait_until(is_linked, "the replica is there")
+            async with publishing(valkey.url, replicas=1, timeout_ms=8000) as publisher:
+                writers = [await begun(publisher, producer, f"j{number}") for number in range(20)]
+                async with asyncio.timeout(6):
+                    await asyncio.gather(*[writer.finish(lambda _: END) for writer in writers])
+            for writer in writers:
+                assert await replica.exists(f"deltafan:{{{writer.job_id}}}:result")
+            await replica.replicaof("NO", "ONE")
+
+
+async def test_an_end_whose_state_is_gone_is_believed(redis: Redis, redis_url: str, producer: Producer) -> None:
+    async with publishing(redis_url, replicas=1, timeout_ms=10) as publisher:
+        await producer.submit(model="m", messages=HI, job_id="j")
+        await redis.delete("deltafan:{j}:state")
+        await redis.set("deltafan:{j}:result", "{}", px=10_000)
+        writer = StreamWriter(publisher, "j", 1, Retention(), Interrupt())
+        async with asyncio.timeout(10):
+            verdict = await writer.begin(CALL, RunLimits())
+    assert isinstance(verdict, Ended)
+    assert verdict.status == "expired"
+
+
+async def test_what_broke_off_is_in_the_stream_before_the_next_attempt(
+    redis: Redis, publisher: Publisher, producer: Producer, valkey: Valkey
+) -> None:
+    busy, writer = await begun(publisher, producer, "busy"), await begun(publisher, producer, "j")
+    valkey.pause()
+    say(busy, "a flush that is not answered for a while")
+    say(writer, "Once")  # waits for that one
+    broken = await writer.broken_off()
+    valkey.resume()
+    verdict = await writer.begin(CALL, RunLimits(), previous_note=b"{}", broken=broken)
+    assert isinstance(verdict, Begun)
+    assert verdict.mode == "continue"
+    assert await texts(redis, writer) == ["Once"]
+
+
+async def test_a_server_without_memory_is_not_asked_again_and_again(
+    redis: Redis, publisher: Publisher, producer: Producer, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = await begun(publisher, producer, "j")
+    caplog.set_level(logging.WARNING)
+    await redis.config_resetstat()
+    try:
+        await redis.config_set("maxmemory", "1")
+        say(writer, "Once")
+        await wait_until(lambda: caplog.text.count("OOM") == 3, "it was refused three times")
+    finally:
+        await redis.config_set("maxmemory", "0")
+    asked = await redis.info("commandstats")
+    assert asked["cmdstat_xadd"]["calls"] + asked["cmdstat_xadd"]["rejected_calls"] < 12
+    assert "refused an entry" in caplog.text
+
+    async def is_whole() -> bool:
+        return await texts(redis, writer) == ["Once"]
+
+    await wait_until(is_whole, "it is written when there is room")
+
+
+async def test_a_writer_that_was_closed_is_not_revived_by_its_healing(
+    redis: Redis, publisher: Publisher, producer: Producer, valkey: Valkey
+) -> None:
+    writer = await begun(publisher, producer, "j")
+    say(writer, "Once")
+
+    async def is_there() -> bool:
+        return await texts(redis, writer) == ["Once"]
+
+    await wait_until(is_there, "the delta is there")
+    await redis.delete(writer.events_key)
+    writer.stop_flow()
+    valkey.pause()
+    async with asyncio.TaskGroup() as tasks:
+        healing = tasks.create_task(writer.heal())
+        await wait_until(writer._healing.locked, "it asks")
+        writer.close()
+        valkey.resume()
+    assert isinstance(healing.result(), NotOurs)
+    assert not await redis.exists(writer.events_key), "nothing is written for a job that was left"
+    assert writer not in publisher._writers
+
+
+async def test_a_hand_over_may_be_repeated(redis: Redis, publisher: Publisher, producer: Producer) -> None:
+    writer = await begun(publisher, producer, "j")
+    assert await writer.hand_over(b"")
+    assert await writer.hand_over(b""), "its first answer was lost"
+    state = await redis.hgetall(writer.state_key)  # type: ignore[misc]  # redis-py's types mix both worlds
+    assert (state[b"status"], state[b"runs"]) == (b"queued", b"0")
+
+
+async def test_a_job_that_waits_again_after_a_dead_worker_can_be_cancelled(
+    publisher: Publisher, producer: Producer
+) -> None:
+    dead = await begun(publisher, producer, "j")
+    dead.close()
+    later = StreamWriter(publisher, "j", 2, Retention(), Interrupt())
+    assert await later.rest() is None
+    zombie = await dead.begin(CALL, RunLimits())
+    assert isinstance(zombie, NotOurs), "the dead one may wake up"
+    assert await producer.cancel("j") == "cancelled", "nobody has to be waited for"
+    ended = await later.rest()
+    assert isinstance(ended, Ended)
+    assert (ended.status, [call for call, _ in ended.notes]) == ("cancelled", ["c"])
+
+
+async def test_a_cancel_that_a_dead_worker_did_not_heed_ends_the_job_that_waits(
+    publisher: Publisher, producer: Producer
+) -> None:
+    dead = await begun(publisher, producer, "j")
+    dead.close()
+    assert await producer.cancel("j") == "requested"
+    ended = await StreamWriter(publisher, "j", 2, Retention(), Interrupt()).rest()
+    assert isinstance(ended, Ended)
+    assert ended.status == "cancelled"
+    assert await producer.cancel("j") == "ended"
