@@ -154,7 +154,7 @@ async def test_a_worker_that_stops_has_told_what_its_calls_used(
             await wait_until(lambda: _runs(producer, 0), "the call is over")
             before = (await limit_of(producer, "other/one")).tokens
         now = int(time.time())
-        grant = Grant(group="other/one", second=now, tokens=0)
+        grant = Grant(group="other/one", second=now, tokens=0, number="1")
         worker.limits.settle(grant, "another", Used(123, None, answered=True))
     assert (await limit_of(producer, "other/one")).tokens == before + 123
 
@@ -292,8 +292,7 @@ async def test_an_abort_that_arrives_while_a_job_is_parked_ends_it(
 
     async def slow(self: FleetLimits, *args: Any, **options: Any) -> Any:
         asked.set()
-        (claim,) = worker.claims.values()
-        await wait_until(lambda: claim.job_id in worker.aborting_tasks, "the heartbeat has seen the abort")
+        await wait_until(lambda: args[2] in worker.aborting_tasks, "the heartbeat has seen the abort")
         return await ask(self, *args, **options)
 
     monkeypatch.setattr(FleetLimits, "ask", slow)

@@ -29,7 +29,7 @@ class Sut:
         script = load("ask", "deltafan_worker", using=("limits",))
         numbers = (self.rpm, self.tpm, "", "", "", "")
         args = (PREFIX, RESERVE, GROUP, 0, tokens, int(urgent), "j", "", *numbers)
-        allowed, second, counted = self.client.eval(script.source, 0, *args)
+        allowed, second, counted, _ = self.client.eval(script.source, 0, *args)
         assert counted == tokens
         return allowed, second
 

@@ -7,7 +7,9 @@ import pytest
 import redis
 
 from deltafan._lua import load
+from support.limits import PASS
 from support.valkey import Valkey
+from support.waiting import wait_until
 
 PREFIX, GROUP, QUEUE = "deltafan:limit:", "p/m", "deltafan:queue:batch"
 LOT = f"{QUEUE}:lot:{GROUP}"
@@ -19,24 +21,28 @@ class Limits:
 
     def __init__(self, client: Any) -> None:
         self.client = client
+        self.left: list[int] = []
+        """Whether the last claim has left due jobs."""
 
     def _run(self, name: str, keys: tuple[str, ...], *args: Any) -> Any:
         script = load(name, "deltafan_worker", using=("limits",))
         return self.client.eval(script.source, len(keys), *keys, *COMMON, *args)
 
-    def ask(self, job: str, *, line: str = "", tokens: int = 100, concurrency: int | str = "") -> list[int]:
-        numbers = ("", "", "", "", "", concurrency)
+    def ask(
+        self, job: str, *, line: str = "", tokens: int = 100, concurrency: int | str = "", tpm: int | str = ""
+    ) -> list[int]:
+        numbers = ("", "", "", "", tpm, concurrency)
         return list(self._run("ask", (), GROUP, 0, tokens, 0, job, line, *numbers))
 
     def settle(self, job: str, grant: list[int], used: int) -> None:
-        self._run("settle", (QUEUE,), GROUP, job, *grant[1:], used, used, 1)
+        self._run("settle", (QUEUE,), GROUP, job, *grant[1:3], used, used, 1, grant[3])
 
-    def park(self, job: str, score: int) -> int:
+    def park(self, job: str, score: int, tokens: int = 100) -> int:
         self.client.set(f"arq:in-progress:{job}", "token", px=5000)
-        return int(self._run("park", (QUEUE,), GROUP, 100, "token", job, score, ""))
+        return int(self._run("park", (QUEUE,), GROUP, tokens, "token", job, score, ""))
 
-    def claim(self, room: int) -> list[str]:
-        _, flat, *_ = self._run("claim", (QUEUE,), "process", 5000, room, 0, 0, 1, room)
+    def claim(self, room: int, *, cautious: bool = False) -> list[str]:
+        _, flat, self.left, *_ = self._run("claim", (QUEUE,), "process", 5000, room, int(cautious), 0, 1, room)
         return [raw.decode() for raw in flat[::5]]
 
     def enqueue(self, job: str, tenant: str) -> float:
@@ -107,3 +113,60 @@ def test_a_tenants_next_place_is_behind_its_jobs_in_line(limits: Limits) -> None
         limits.park(f"waits-{number}", int(place))
     assert limits.enqueue("next", "a") == places[-1] + 1
     assert limits.enqueue("another", "b") == places[0]
+
+
+def test_a_call_gives_back_its_own_place_only(limits: Limits) -> None:
+    """A job may be at its next call before the end of its last one is told, or be told it twice."""
+    limits.client.set("arq:in-progress:j", "token", px=5000)
+    first = limits.ask("j", concurrency=2)
+    limits.ask("j", concurrency=2)
+    limits.settle("j", first, 10)
+    limits.settle("j", first, 10)
+    assert limits.client.scard(f"{PREFIX}{GROUP}:running") == 1
+
+
+def test_a_worker_that_was_cut_off_takes_from_a_line_what_it_has_room_for(limits: Limits) -> None:
+    for number in range(8):
+        limits.enqueue(f"waits-{number}", "a")
+        limits.client.set(f"arq:retry:waits-{number}", 1, px=5000)
+        limits.park(f"waits-{number}", number + 2)
+    assert limits.claim(2, cautious=True) == ["waits-0", "waits-1"]
+    assert limits.client.zcard(LOT) == 6
+
+
+def test_jobs_in_line_that_have_room_count_as_waiting(limits: Limits) -> None:
+    for number in range(2):
+        limits.enqueue(f"waits-{number}", "a")
+        limits.park(f"waits-{number}", number + 2)
+    limits.claim(1)
+    assert limits.left == [1]
+    limits.claim(1)
+    assert limits.left == [0]
+
+
+async def test_one_free_slot_is_given_to_the_line_and_to_the_others_in_turn(limits: Limits) -> None:
+    for number in range(400):
+        limits.enqueue(f"waits-{number}", "a")
+        limits.park(f"waits-{number}", number + 2)
+    for number in range(400):
+        limits.enqueue(f"new-{number}", "b")
+    kinds: set[str] = set()
+
+    def both() -> bool:
+        kinds.update(name.split("-")[0] for name in limits.claim(1))
+        return len(kinds) == 2
+
+    await wait_until(both, "both kinds are taken")
+    assert limits.client.zcard(LOT) > 100
+
+
+def test_a_large_job_that_others_keep_from_running_lets_the_small_ones_pass(limits: Limits) -> None:
+    limits.ask("outside", tokens=600, tpm=1000)
+    for job, score, tokens in (("large", 2, 800), ("small", 3, 100)):
+        limits.enqueue(job, "a")
+        limits.park(job, score, tokens)
+    limits.client.eval(PASS, 0, 10)
+    assert limits.claim(2) == [], "it may use up the minute, once that is over"
+    limits.client.hset(f"{LOT}:tokens", " head", "1 large")
+    assert limits.claim(2) == ["small"]
+    assert limits.client.zrange(LOT, 0, -1) == [b"large"]

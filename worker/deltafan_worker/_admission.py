@@ -50,10 +50,14 @@ class Admission:
         """
         first: Lot | None = None
         for index, route in enumerate(routes):
-            if not self._is_limited(route) or self._has_grant(route):
+            if self._has_grant(route):
+                return [*routes[index:], *routes[:index]]
+        for index, route in enumerate(routes):
+            if not self._is_limited(route):
                 return [*routes[index:], *routes[:index]]
             answer = await self._ask(route, in_line=True)
             if isinstance(answer, Grant):
+                self.give_back()
                 self._unused = answer
                 return [*routes[index:], *routes[:index]]
             first = first or answer
@@ -71,6 +75,7 @@ class Admission:
         if self._has_grant(route):
             self._running, self._unused = self._unused, None
             return
+        self.give_back()  # it was for another provider
         if not self._is_limited(route):
             return
         waited_until = time.monotonic() + LONGEST_WAIT_S

@@ -50,3 +50,5 @@ class Claim:
     """Usage records for the ledger: model call, record."""
     interrupt: Callable[[Reason], None] | None = field(default=None, repr=False)
     """How the job's function wants to be stopped; without one its task is cancelled."""
+    pending: Reason | None = None
+    """Why it was to be stopped, should it not have started yet."""

@@ -20,7 +20,7 @@ from uuid import uuid4
 from arq.connections import ArqRedis
 from arq.utils import timestamp_ms
 from arq.worker import Function, Worker
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from deltafan._background import background
 from deltafan._keys import Keys
@@ -118,6 +118,7 @@ class LeasedWorker(Worker):
         self._hurry = asyncio.Event()
         self._due_in_s = POLL_S
         self._cautious = False
+        self._unwell = False
 
     @property
     def is_draining(self) -> bool:
@@ -151,6 +152,7 @@ class LeasedWorker(Worker):
         try:
             if room > 0 and await self._claim(room):
                 return False
+            self._is_well()
             is_idle = room == self.max_jobs
             if not (self.burst and is_idle):
                 await self._doze(may_claim=room > 0)
@@ -186,13 +188,18 @@ class LeasedWorker(Worker):
         return Counter(claim.queue_index for claim in self.claims.values())
 
     def _launch(self, claim: Claim) -> None:
-        if claim.job_id in self.claims:  # our own lease had run out, and nobody was faster
-            self.claims[claim.job_id].token = claim.token
+        last = self.claims.get(claim.job_id)
+        if last is not None and last.renewed:  # our own lease had run out, and nobody was faster
+            last.token = claim.token
             return
+        leaving = self.tasks.get(claim.job_id)
         self.claims[claim.job_id] = claim
-        self.tasks[claim.job_id] = self.loop.create_task(self._run(claim), name=f"job-{claim.job_id}")
+        self.tasks[claim.job_id] = self.loop.create_task(self._run(claim, leaving), name=f"job-{claim.job_id}")
 
-    async def _run(self, claim: Claim) -> None:
+    async def _run(self, claim: Claim, leaving: "asyncio.Task[Any] | None") -> None:
+        """Run a job; when it has just been given back and taken again, after that run's last step."""
+        if leaving is not None:
+            await asyncio.wait([leaving])
         try:
             await self.run_job(claim.job_id, int(float(claim.score)))
         except (RedisError, OSError) as error:
@@ -202,7 +209,8 @@ class LeasedWorker(Worker):
         except Exception:
             log.exception("job %s: could not be run; it is tried again when its lease has run out", claim.job_id)
         finally:
-            del self.claims[claim.job_id], self.tasks[claim.job_id]
+            if self.claims[claim.job_id] is claim:
+                del self.claims[claim.job_id], self.tasks[claim.job_id]
             self.aborting_tasks.discard(claim.job_id)
             self._slot_freed.set()
 
@@ -227,17 +235,25 @@ class LeasedWorker(Worker):
                 raise error
 
     async def _wait_out(self, error: Exception) -> None:
-        log.warning("the queue's Redis is unreachable (%s); waiting for it, running jobs go on", error)
+        if not self._unwell:
+            what = "refuses to give jobs out" if isinstance(error, ResponseError) else "is unreachable"
+            log.warning("the queue's Redis %s (%s); waiting for it, running jobs go on", what, error)
+        self._unwell = self._cautious = True
+        if isinstance(error, ReadOnlyError):  # a primary that was demoted keeps its connections
+            await self.pool.connection_pool.disconnect(inuse_connections=False)
         while not self._draining.is_set():
-            with suppress(RedisError, OSError):
-                # Leases that ran out meanwhile are renewed before anybody's job is claimed.
-                self._cautious = True
-                await self._beat()
-                await self.pool.ping()
-                log.info("the queue's Redis is back")
-                return
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._draining.wait(), _RETRY_PAUSE_S)
+            with suppress(RedisError, OSError):
+                # Leases that ran out meanwhile are renewed before anybody's job is claimed.
+                await self._beat()
+                await self.pool.ping()
+                return
+
+    def _is_well(self) -> None:
+        if self._unwell:
+            log.info("the queue's Redis is back")
+        self._unwell = False
 
     async def _keep_leases(self) -> None:
         while True:
@@ -253,21 +269,30 @@ class LeasedWorker(Worker):
         async with self._lease_lock:
             held = [claim for claim in self.claims.values() if claim.renewed]
             for portion in (held[i : i + BEAT_PORTION] for i in range(0, len(held), BEAT_PORTION)):
+                tokens = [claim.token for claim in portion]
                 args = [value for claim in portion for value in (claim.token, claim.job_id, claim.queue_index)]
-                answers = await run_script(self.pool, _BEAT, self._queues, [self._lease_ms, *args])
-                for claim, answer in zip(portion, answers, strict=True):
-                    self._heed(claim, answer)
+                # A connection that has gone silent must not cost the leases: the next beat takes another one.
+                async with asyncio.timeout(self._lease_ms / 4000):
+                    answers = await run_script(self.pool, _BEAT, self._queues, [self._lease_ms, *args])
+                for claim, token, answer in zip(portion, tokens, answers, strict=True):
+                    if claim.token == token:  # else it has been claimed again meanwhile, by ourselves
+                        self._heed(claim, answer)
 
     def _heed(self, claim: Claim, answer: bytes) -> None:
         if answer == b"L":
             log.warning("job %s: another worker has claimed it; leaving it", claim.job_id)
             claim.renewed = False
             self._interrupt(claim, Reason.LEASE_LOST)
-        elif answer == b"A":
+        elif answer == b"A" and claim.job_id not in self.aborting_tasks:
             self.aborting_tasks.add(claim.job_id)
             self._interrupt(claim, Reason.ABORTED)
 
     def _interrupt(self, claim: Claim, reason: Reason) -> None:
+        claim.pending = reason
+        # A function that is just about to start is let take its first step, where it says how it wants to be stopped.
+        self.loop.call_soon(self._stop, claim, reason)
+
+    def _stop(self, claim: Claim, reason: Reason) -> None:
         if claim.interrupt is not None:
             claim.interrupt(reason)
         elif (task := self.job_tasks.get(claim.job_id)) is not None:
@@ -288,8 +313,10 @@ class LeasedWorker(Worker):
             for claim in tuple(self.claims.values()):
                 self._interrupt(claim, Reason.HAND_OVER)
             await asyncio.wait(self.tasks.values(), timeout=HAND_OVER_S)
-        for task in tuple(self.tasks.values()):
+        for task in (late := tuple(self.tasks.values())):
             task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=1.0)
 
     async def finish_job(
         self,
@@ -331,19 +358,22 @@ class LeasedWorker(Worker):
             log.info("job %s: ended, but its lease is another's; leaving the queue as it is", claim.job_id)
 
     async def _park(self, claim: Claim, lot: Lot) -> None:
-        async with self._lease_lock:  # as for a release
-            claim.renewed = False
-            await self.limits.park(
-                lot, claim.queue, token=claim.token, job_id=claim.job_id, score=claim.score, due_ms=claim.due_ms
-            )
+        await self._stop_renewing(claim)
+        await self.limits.park(
+            lot, claim.queue, token=claim.token, job_id=claim.job_id, score=claim.score, due_ms=claim.due_ms
+        )
 
     async def _release(self, claim: Claim, delay_ms: int) -> None:
+        await self._stop_renewing(claim)
+        if claim.notes:
+            await self._close(replace(claim, token=""), None, 0)
+        keys = (claim.queue, self._keys.doorbell(claim.queue))
+        await self._insist(_RELEASE, keys, (claim.token, claim.job_id, delay_ms))
+
+    async def _stop_renewing(self, claim: Claim) -> None:
+        claim.renewed = False
         async with self._lease_lock:  # a heartbeat under way would take the lease again
-            claim.renewed = False
-            if claim.notes:
-                await self._close(replace(claim, token=""), None, 0)
-            keys = (claim.queue, self._keys.doorbell(claim.queue))
-            await self._insist(_RELEASE, keys, (claim.token, claim.job_id, delay_ms))
+            pass
 
     async def _insist(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script as often as it takes; all of ours are safe to repeat."""
@@ -361,8 +391,8 @@ class LeasedWorker(Worker):
 def _grant(counted: str, second: int) -> Grant | None:
     if not counted:
         return None
-    group, _, tokens = counted.rpartition(" ")
-    return Grant(group=group, second=second, tokens=int(tokens))
+    group, tokens, number = counted.rsplit(" ", 2)
+    return Grant(group=group, second=second, tokens=int(tokens), number=number)
 
 
 async def _set_after(event: asyncio.Event, seconds: float) -> None:

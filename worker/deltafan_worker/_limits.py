@@ -40,6 +40,8 @@ class Grant:
     group: str
     second: int
     tokens: int
+    number: str
+    """Tells it from the group's other grants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +101,9 @@ class FleetLimits:
         most = "" if size.most_output_tokens is None else size.most_output_tokens
         numbers = [*_numbers(route.provider_limits), *_numbers(route.limits)]
         args = (*self.common, group_of(route), size.input_tokens, most, int(urgent), job_id, line, *numbers)
-        allowed, second, tokens = await self._insist(_ASK, (), args)
+        allowed, second, tokens, number = await self._insist(_ASK, (), args)
         if allowed:
-            return Grant(group=group_of(route), second=second, tokens=tokens)
+            return Grant(group=group_of(route), second=second, tokens=tokens, number=number.decode())
         return Lot(group=group_of(route), tokens=tokens)
 
     async def park(self, lot: Lot, queue: str, *, token: str, job_id: str, score: str, due_ms: int | None) -> bool:
@@ -113,7 +115,16 @@ class FleetLimits:
     def settle(self, grant: Grant, job_id: str, used: Used) -> None:
         """A counted call is over; its tokens are corrected and its place is free, in a moment."""
         counts = ["" if count is None else count for count in (used.total_tokens, used.output_tokens)]
-        args = (*self.common, grant.group, job_id, grant.second, grant.tokens, *counts, int(used.answered))
+        args = (
+            *self.common,
+            grant.group,
+            job_id,
+            grant.second,
+            grant.tokens,
+            *counts,
+            int(used.answered),
+            grant.number,
+        )
         self._news.put_nowait((_SETTLE, self._queues, args))
 
     def refused(self, route: Route, *, exhausted: bool, pause_s: float, words: str) -> None:

@@ -102,6 +102,8 @@ class JobRunner:
         claim.leave, claim.release_delay_ms = Leave.RELEASE, RELEASE_DELAY_MS
         interrupt = Interrupt()
         claim.interrupt = interrupt.cut
+        if claim.pending is not None:
+            interrupt.cut(claim.pending)
         job = self._read(claim, fields)
         retention = self._retention.with_ttl(job.request.ttl if job.request else None)
         writer = StreamWriter(self._publisher, job.id, claim.number, retention, interrupt)

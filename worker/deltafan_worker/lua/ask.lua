@@ -1,7 +1,7 @@
 -- May a call be made now?  It is counted if so.
 -- ARGV  3 group, 4 input tokens, 5 most output tokens ('' unbounded), 6 urgent ('1' | '0'), 7 id,
 --       8 queue, or '' for a call that need not stand in line, 9.. rpm, tpm, concurrency ('' none) of provider, then model
--- Returns {1 | 0, second it is counted in, tokens counted}
+-- Returns {1 | 0, second it is counted in, tokens counted, grant}
 local group, urgent = ARGV[3], ARGV[6] == '1'
 for i, name in ipairs(scopes_of(group)) do
   local s = scope(name)
@@ -17,6 +17,5 @@ end
 local output = math.min(tonumber(ARGV[5]) or math.huge, scope(group).mean or DEFAULT_OUTPUT)
 local tokens = math.ceil(ARGV[4] + output)
 local others_wait = ARGV[8] ~= '' and redis.call('EXISTS', lot_of(ARGV[8], group)) == 1
-if others_wait or not may_call(group, tokens, urgent) then return { 0, SECOND, tokens } end
-charge(group, tokens, urgent, ARGV[7])
-return { 1, SECOND, tokens }
+if others_wait or not may_call(group, tokens, urgent) then return { 0, SECOND, tokens, '' } end
+return { 1, SECOND, tokens, charge(group, tokens, urgent, ARGV[7]) }

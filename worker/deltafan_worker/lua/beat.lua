@@ -1,6 +1,7 @@
 -- Renews the leases of one process.  KEYS  queues      ARGV  lease_ms, then token, id, queue index for each claim
 -- Returns, for each claim, 'M' still mine (or taken again: the lease had run out and nobody had claimed) |
--- 'N' no trace of the job on this server: go on | 'L' lost to another claim | 'A' mine, and an abort was requested
+-- 'N' no trace of the job on this server: go on | 'L' lost to another claim | 'A' mine, and an abort was requested (whoever ends the job
+-- forgets that)
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local lease_ms, answers = tonumber(ARGV[1]), {}
@@ -16,7 +17,7 @@ for i = 2, #ARGV, 3 do
   else
     redis.call('SET', in_progress, token, 'PX', lease_ms)
     redis.call('ZADD', queue, 'XX', now + lease_ms, id)
-    if redis.call('ZREM', 'arq:abort', id) == 1 then answer = 'A' end
+    if redis.call('ZSCORE', 'arq:abort', id) then answer = 'A' end
   end
   answers[#answers + 1] = answer
 end

@@ -2,12 +2,12 @@
 -- KEYS  queues      ARGV  3 process, 4 lease_ms, 5 want, 6 fresh_only (1: leave jobs that were claimed before to their
 -- workers for a moment, which may just have been unable to renew their leases), 7 index of the queue whose jobs are
 -- urgent (0 none), 8.. (queue index, how many of it in all so far) for each pass, in order
--- Returns {ms until the next job may be due or -1, {id, queue index, score, claim number, group whose limits count it
--- or '', …}, {for each queue 1 when due jobs are left}, second, 1 when some provider has asked for less}
+-- Returns {ms until the next job may be due or -1, {id, queue index, score, claim number, group whose limits count it,
+-- tokens, grant, or '', …}, {for each queue 1 when due jobs are left}, second, 1 when some provider has asked for less}
 -- The in-progress key is the lock; the score is a hint that takes a running job off the head of the queue and
 -- makes it due again by itself when its lease ends.  Times are scores of the jobs that were due before: their leases
 -- ended, or they were given back.  They go first.  What is smaller than any time is a place in a fair queue.
-local FIRST_TIME = 1000000000000
+local FIRST_TIME, STEP_BACK_MS = 1000000000000, 70000
 local lease_ms, want, taken, total, counts = tonumber(ARGV[4]), tonumber(ARGV[5]), {}, 0, {}
 
 local function lock(index, id, score, group)
@@ -18,7 +18,7 @@ local function lock(index, id, score, group)
     redis.call('ZADD', KEYS[index], 'XX', digits(again), id)
   elseif redis.call('EXISTS', 'arq:job:' .. id) == 0 and redis.call('EXISTS', 'arq:result:' .. id) == 1 then
     redis.call('ZREM', KEYS[index], id) -- finished, then put back by a late Job.abort()
-  elseif ARGV[6] == '1' and redis.call('EXISTS', 'arq:retry:' .. id) == 1 then
+  elseif ARGV[6] == '1' and group == '' and redis.call('EXISTS', 'arq:retry:' .. id) == 1 then
     redis.call('ZADD', KEYS[index], 'XX', digits(NOW + lease_ms / 2), id)
   else
     local number = redis.call('INCR', 'arq:retry:' .. id)
@@ -44,6 +44,18 @@ local function from_range(index, most, low, high)
   end
 end
 
+-- A large job goes when nothing else has used its minute up. If others, who do not stand in this line, keep it from that,
+-- the smaller ones behind it have their turn first.
+local function step_back(lot, id)
+  local since, head = string.match(redis.call('HGET', lot .. ':tokens', ' head') or '', '^(%d+) (.*)$')
+  if head ~= id then
+    redis.call('HSET', lot .. ':tokens', ' head', digits(NOW) .. ' ' .. id)
+  elseif NOW - since > STEP_BACK_MS then
+    redis.call('HDEL', lot .. ':tokens', ' head')
+    redis.call('ZADD', lot, redis.call('ZRANGE', lot, -1, -1, 'WITHSCORES')[2] + 1, id)
+  end
+end
+
 local function from_lot(index, most, group)
   local lot, urgent = lot_of(KEYS[index], group), index == tonumber(ARGV[7])
   while room(index, most) > 0 do
@@ -53,13 +65,15 @@ local function from_lot(index, most, group)
       return
     end
     local tokens = tonumber(redis.call('HGET', lot .. ':tokens', id) or 0)
-    if not may_call(group, tokens, urgent) then return end
+    if not may_call(group, tokens, urgent) then
+      if may_call(group, 0, urgent) then step_back(lot, id) end
+      return
+    end
     redis.call('ZREM', lot, id)
     redis.call('HDEL', lot .. ':tokens', id)
     -- One that is not in the queue has ended meanwhile.
     if redis.call('ZSCORE', KEYS[index], id) and lock(index, id, score, group) then
-      charge(group, tokens, urgent, id)
-      taken[#taken] = group .. ' ' .. digits(tokens)
+      taken[#taken] = group .. ' ' .. digits(tokens) .. ' ' .. charge(group, tokens, urgent, id)
     end
   end
 end
@@ -74,10 +88,20 @@ for index = 1, #KEYS do counts[index] = 0 end
 for i = 8, #ARGV, 2 do
   local index, most = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
   most_of[index] = math.max(most_of[index] or 0, most)
-  from_lots(index, counts[index] + math.ceil((most - counts[index]) / 2)) -- whoever waits there leaves half to the others
+  from_lots(index, counts[index] + math.floor((most - counts[index] + SECOND % 2) / 2)) -- and leaves half to the others
   from_range(index, most, digits(FIRST_TIME), digits(NOW))
   from_range(index, most, '-inf', '(' .. digits(FIRST_TIME))
   from_lots(index, most)
+end
+
+local function has_room_for_one(index)
+  for _, group in ipairs(redis.call('SMEMBERS', KEYS[index] .. ':lots')) do
+    local lot = lot_of(KEYS[index], group)
+    local id = redis.call('ZRANGE', lot, 0, 0)[1]
+    local tokens = id and tonumber(redis.call('HGET', lot .. ':tokens', id) or 0)
+    if id and may_call(group, tokens, index == tonumber(ARGV[7])) then return true end
+  end
+  return false
 end
 
 local soonest, left = -1, {}
@@ -86,7 +110,7 @@ local function wait(ms)
 end
 for index = 1, #KEYS do
   local head = redis.call('ZRANGE', KEYS[index], 0, 0, 'WITHSCORES')[2]
-  left[index] = head and tonumber(head) <= NOW and 1 or 0
+  left[index] = (head and tonumber(head) <= NOW or has_room_for_one(index)) and 1 or 0
   if room(index, most_of[index] or 0) > 0 then
     if head then wait(head - NOW) end
     if redis.call('EXISTS', KEYS[index] .. ':lots') == 1 then wait(1000 - NOW % 1000) end

@@ -81,8 +81,9 @@ local function has_slot(s, share)
   local running, most = s.key .. ':running', math.max(1, math.floor(s.concurrency * share))
   s.held = s.held or redis.call('SCARD', running)
   if s.held < most or (s.pruned or 0) > NOW - 1000 then return s.held < most end
-  for _, id in ipairs(redis.call('SMEMBERS', running)) do
-    if redis.call('EXISTS', 'arq:in-progress:' .. id) == 0 then s.held = s.held - redis.call('SREM', running, id) end
+  for _, held in ipairs(redis.call('SMEMBERS', running)) do
+    local id = string.match(held, '^[^ ]+')
+    if redis.call('EXISTS', 'arq:in-progress:' .. id) == 0 then s.held = s.held - redis.call('SREM', running, held) end
   end
   s.pruned = NOW
   redis.call('HSET', s.key, 'pruned', digits(NOW))
@@ -93,6 +94,7 @@ local function fits(name, tokens, urgent)
   local s = scope(name)
   if not urgent and (s.closed or 0) > NOW then return false end
   local share = (urgent or (s.urgent or 0) < NOW - 60000) and 1 or 1 - RESERVE
+  if tokens > (s.tpm or math.huge) * share then share = 1 end -- what is larger than the share may have all
   if is_too_fast(s, urgent) then return false end
   if is_full(s.r, 1, s.rpm, s.paced_r, urgent, share) then return false end
   if is_full(s.t, tokens, s.tpm, s.paced_t, urgent, share) then return false end
@@ -106,7 +108,9 @@ local function may_call(group, tokens, urgent)
   return true
 end
 
+-- Returns the grant's number: of two calls of one job, each gives its own place back.
 local function charge(group, tokens, urgent, id)
+  local grant = digits(redis.call('HINCRBY', LIMITS .. group, 'grants', 1))
   for _, name in ipairs(scopes_of(group)) do
     local s = scope(name)
     s.r, s.paced_r, s.t, s.paced_t = s.r + 1, s.paced_r + 1, s.t + tokens, s.paced_t + tokens
@@ -117,7 +121,7 @@ local function charge(group, tokens, urgent, id)
       redis.call('HSET', s.key, 'urgent', digits(NOW))
     end
     if s.concurrency then
-      s.held = (s.held or redis.call('SCARD', s.key .. ':running')) + redis.call('SADD', s.key .. ':running', id)
+      s.held = (s.held or redis.call('SCARD', s.key .. ':running')) + redis.call('SADD', s.key .. ':running', id .. ' ' .. grant)
       redis.call('PEXPIRE', s.key .. ':running', KEEP_MS)
     end
     if s.quota and not urgent then -- this call tells whether there is money again; the others wait for it
@@ -126,6 +130,7 @@ local function charge(group, tokens, urgent, id)
     end
     keep(s)
   end
+  return grant
 end
 
 -- Where jobs of one queue wait for the limits of one provider's model, in the order in which they came to the queue.

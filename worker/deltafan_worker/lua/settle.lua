@@ -1,12 +1,12 @@
 -- A call that was counted is over: corrects its tokens and frees its place.
 -- KEYS  queues      ARGV  3 group, 4 id, 5 second, 6 tokens counted, 7 tokens used ('' unknown), 8 of them output ('' unknown),
---                         9 '1' when the provider gave an answer
+--                         9 '1' when the provider gave an answer, 10 grant
 local group, id, counted_in, counted = ARGV[3], ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
 local more = (tonumber(ARGV[7]) or counted) - counted
 local freed = 0
 for _, name in ipairs(scopes_of(group)) do
   local key = LIMITS .. name
-  freed = freed + redis.call('SREM', key .. ':running', id)
+  freed = freed + redis.call('SREM', key .. ':running', id .. ' ' .. ARGV[10])
   if redis.call('EXISTS', key) == 1 then
     if more > 0 then
       redis.call('HINCRBY', key, 't' .. digits(SECOND), more)

@@ -1,0 +1,177 @@
+"""Leases, and the worker that holds them, where the queue's server or the moment is unkind."""
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from deltafan import Consumer, JobCancelled, Producer
+from deltafan.testing import ScriptedUpstream
+from deltafan.testing import chat as script
+from deltafan_worker import _leased
+from deltafan_worker._claim import Claim
+from deltafan_worker._interrupt import Reason
+from deltafan_worker._leased import LeasedWorker
+from deltafan_worker._queue_pool import run_script
+from support.proxy import tcp_proxy
+from support.valkey import Valkey
+from support.waiting import wait_until
+from support.workers import running_worker, settings_env
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+async def test_a_worker_that_can_not_give_a_job_back_can_still_be_stopped(
+    producer: Producer, valkey: Valkey, upstream: ScriptedUpstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_leased, "HAND_OVER_S", 0.3)
+    gate = asyncio.Event()
+
+    async def broken(*_: object, **__: object) -> None:
+        await gate.wait()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("deltafan_worker._calls.ModelCalls.answer", broken)
+    async with tcp_proxy(valkey.port) as proxy:
+        env = settings_env(proxy.url, upstream.url, tmp_path, streams_url=valkey.url)
+        async with running_worker(env) as worker:
+            await producer.submit(model="sim", messages=HI)
+            await wait_until(lambda: worker.tasks, "it runs")
+            (claim,) = worker.claims.values()
+            await wait_until(lambda: claim.interrupt is not None, "it has begun")
+            proxy.refuses = True
+            proxy.cut()
+            gate.set()
+            await wait_until(lambda: not claim.renewed, "it is to be given back")
+        assert not worker.tasks
+
+
+async def test_a_connection_that_falls_silent_does_not_cost_the_leases(
+    producer: Producer,
+    consumer: Consumer,
+    upstream: ScriptedUpstream,
+    redis: Redis,
+    redis_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    beats, gate = 0, asyncio.Event()
+
+    async def silent_once(pool: Any, script: Any, *args: Any) -> Any:
+        nonlocal beats
+        if script.name == "beat" and args[1][1:]:  # one that renews something
+            beats += 1
+            if beats == 1:
+                await asyncio.Event().wait()
+        return await run_script(pool, script, *args)
+
+    monkeypatch.setattr(_leased, "run_script", silent_once)
+    upstream.then([script.delta(content="Hello, "), gate, script.delta(content="world!"), *script.ending()])
+    async with running_worker(settings_env(redis_url, upstream.url, tmp_path, lease_s=2)):
+        job = await producer.submit(model="sim", messages=HI)
+        await wait_until(lambda: beats > 2, "the next heartbeats do not wait for the silent one")
+        assert await redis.exists(f"arq:in-progress:{job.id}")
+        gate.set()
+        assert (await consumer.result(job.id, timeout=10)).content == "Hello, world!"
+    assert len(upstream.requests) == 1
+
+
+async def test_a_job_that_is_taken_again_while_it_is_being_given_back_runs_again(
+    worker: LeasedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, ran = asyncio.Event(), []
+
+    async def run_job(job_id: str, _score: int) -> None:
+        ran.append(worker.claims[job_id].token)
+        await gate.wait()
+
+    def claim(number: int) -> Claim:
+        return Claim(job_id="j", queue="q", queue_index=1, token=f"me:{number}", number=number, score="1")
+
+    monkeypatch.setattr(worker, "run_job", run_job)
+    worker._launch(first := claim(1))
+    await wait_until(lambda: ran, "the first runs")
+    worker._launch(claim(2))
+    assert first.token == "me:2", "a lease that had run out is the same claim's again"
+    first.renewed = False
+    worker._launch(claim(3))
+    gate.set()
+    await wait_until(lambda: not worker.tasks, "both are over")
+    assert ran == ["me:1", "me:3"]
+    assert not worker.claims
+
+
+async def test_a_server_that_refuses_to_give_jobs_out_is_asked_now_and_then(
+    producer: Producer, consumer: Consumer, redis: Redis, env: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    job = await producer.submit(model="sim", messages=HI)
+    try:
+        await redis.config_set("maxmemory", "1")
+        async with running_worker(env):
+            await wait_until(lambda: "refuses to give jobs out" in caplog.text, "it is said")
+            before = (await redis.info("commandstats"))["cmdstat_ping"]["calls"]
+
+            async def asked_again() -> bool:
+                return bool((await redis.info("commandstats"))["cmdstat_ping"]["calls"] > before + 4)
+
+            await wait_until(asked_again, "it goes on asking")
+            await redis.config_set("maxmemory", "0")
+            await consumer.result(job.id, timeout=10)
+            await wait_until(lambda: "is back" in caplog.text, "that is said too")
+    finally:
+        await redis.config_set("maxmemory", "0")
+    said = [record.message for record in caplog.records if "the queue's Redis" in record.message]
+    assert len(said) == 2, said
+
+
+@pytest.mark.parametrize("reason", [Reason.ABORTED, Reason.HAND_OVER])
+async def test_a_job_that_has_not_started_yet_can_be_interrupted(
+    reason: Reason,
+    producer: Producer,
+    consumer: Consumer,
+    worker: LeasedWorker,
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launch, launched = LeasedWorker._launch, 0
+
+    def launch_and_interrupt(self: LeasedWorker, claim: Claim) -> None:
+        nonlocal launched
+        launched += 1
+        launch(self, claim)
+        if launched == 1:
+            self._interrupt(claim, reason)
+
+    monkeypatch.setattr(LeasedWorker, "_launch", launch_and_interrupt)
+    job = await producer.submit(model="sim", messages=HI)
+    if reason is Reason.ABORTED:
+        with pytest.raises(JobCancelled):
+            await consumer.result(job.id, timeout=10)
+    else:
+        assert (await consumer.result(job.id, timeout=10)).attempt_no == 1
+    assert len(upstream.requests) == (0 if reason is Reason.ABORTED else 1)
+
+
+async def test_an_abort_whose_notice_was_lost_is_noticed_again(
+    producer: Producer, consumer: Consumer, redis: Redis, worker: LeasedWorker, upstream: ScriptedUpstream
+) -> None:
+    heed, heard = worker._heed, []
+
+    def deaf_once(claim: Claim, answer: bytes) -> None:
+        heard.append(answer)
+        if heard.count(b"A") != 1:
+            heed(claim, answer)
+
+    worker._heed = deaf_once  # type: ignore[method-assign]
+    upstream.then([script.delta(content="Hello, "), asyncio.Event()])
+    job = await producer.submit(model="sim", messages=HI)
+    await wait_until(lambda: upstream.requests, "it runs")
+    await redis.zadd("arq:abort", {job.id: 1})
+    with pytest.raises(JobCancelled):
+        await consumer.result(job.id, timeout=10)
+    await wait_until(lambda: not worker.tasks, "the queue is told")
+    assert await redis.zcard("arq:abort") == 0
