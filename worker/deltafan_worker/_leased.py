@@ -117,8 +117,7 @@ class LeasedWorker(Worker):
         self._draining = asyncio.Event()
         self._hurry = asyncio.Event()
         self._due_in_s = POLL_S
-        self._cautious = False
-        self._unwell = False
+        self._cautious = self._unwell = False
 
     @property
     def is_draining(self) -> bool:
