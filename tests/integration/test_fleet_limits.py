@@ -231,9 +231,10 @@ async def test_without_money_batch_jobs_wait_and_interactive_ones_are_told(
     producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream, redis: Redis
 ) -> None:
     upstream.standing = NO_MONEY
-    async with running_worker(env | {"DELTAFAN_QUOTA_PAUSE_S": "30"}):
+    async with running_worker(env | {"DELTAFAN_QUOTA_PAUSE_S": "30"}) as worker:
         ids = await submit(producer, 3, "other/m", lane="batch")
         await wait_for_lot(producer, "other/m", "batch", 3)
+        await worker.limits.told()
         limit = await limit_of(producer, "other")
         assert limit.reason is not None
         assert "exceeded your current quota" in limit.reason
@@ -256,9 +257,10 @@ async def test_after_a_pause_one_job_tries_before_the_others(
     producer: Producer, env: dict[str, str], upstream: ScriptedUpstream, redis: Redis
 ) -> None:
     upstream.standing = NO_MONEY
-    async with running_worker(env | {"DELTAFAN_QUOTA_PAUSE_S": "30"}):
+    async with running_worker(env | {"DELTAFAN_QUOTA_PAUSE_S": "30"}) as worker:
         await submit(producer, 20, "other/m", lane="batch")
         await wait_for_lot(producer, "other/m", "batch", 20)
+        await worker.limits.told()  # a refusal that is told later closes the provider anew
         asked = len(upstream.requests)
         await pass_time(redis, 31)
         await wait_until(lambda: len(upstream.requests) > asked, "one tries")
