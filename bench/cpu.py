@@ -1,6 +1,7 @@
 """CPU per delta in the worker process, beside the naive loop on the same upstream in the same run."""
 
 import asyncio
+import sys
 from subprocess import Popen
 from typing import Any
 
@@ -31,6 +32,10 @@ async def run(bench: Bench, report: Report) -> None:
             figure = f"{ours[api, name]:.1f} us against {naive[name]:.1f} us, {ratio:.1f} times less"
             budget = f"{least} times less than the naive loop"
             report.add(f"CPU per delta of {api}, arriving {what}", figure, budget, ratio >= least)
+    floor = await _bare(bench, ALONE, ALONE_DELTAS)
+    report.note(
+        f"arriving alone, bare sockets that only copy: {floor:.1f} us, {naive[ALONE] / floor:.1f} times less than naive"
+    )
 
 
 async def _ours(bench: Bench, child: "Popen[bytes]", api: str, model: str, deltas: int) -> float:
@@ -62,3 +67,11 @@ async def _naive(bench: Bench, model: str, deltas: int) -> float:
         spent = cpu_s(child.pid) - before
     await pool.aclose()
     return spent / (STREAMS * deltas) * 1e6
+
+
+async def _bare(bench: Bench, model: str, deltas: int) -> float:
+    command = [str(HERE / "bare.py"), "--redis-url", bench.redis_url, "--upstream-url", bench.upstream_url]
+    command += ["--model", model, "--streams", str(STREAMS)]
+    child = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
+    printed, _ = await child.communicate()
+    return float(printed) / (STREAMS * deltas) * 1e6
