@@ -144,12 +144,15 @@ async def read_started(consumer: Consumer, job_id: str) -> str:
 async def test_three_deaths_end_the_job(
     producer: Producer, consumer: Consumer, redis: Redis, env: dict[str, str], upstream: ScriptedUpstream
 ) -> None:
+    """The first one before the model has said anything, the others in mid-answer."""
+    upstream.then([asyncio.Event()])
     upstream.standing = [script.delta(content="deadly"), asyncio.Event()]
     job = await producer.submit(model="sim", messages=HI)
     for run in range(1, 4):
         with worker_process(env) as worker:
             await wait_until(lambda run=run: len(upstream.requests) == run, f"run {run} has begun")  # type: ignore[misc]
-            await wait_until(lambda: has_begun(consumer, job.id), "it has published")
+            if run > 1:
+                await wait_until(lambda: has_begun(consumer, job.id), "it has published")
             worker.kill()
     with worker_process(env):
         with pytest.raises(JobFailed, match="3 times"):

@@ -80,10 +80,15 @@ async def running_worker(env: dict[str, str], *, burst: bool = False) -> AsyncIt
 
 
 @contextmanager
-def worker_process(env: dict[str, str], *, dies: str = "") -> Iterator["subprocess.Popen[bytes]"]:
-    """A worker process, killed at the end if it is still there; `dies` is a point of support.dying_worker."""
-    command = [sys.executable, "-m", *(["support.dying_worker", dies] if dies else ["deltafan_cli", "worker"])]
-    whole = {**os.environ, **env, "PYTHONPATH": str(Path(__file__).parents[1])}
+def worker_process(
+    env: dict[str, str], *, at: str = "", gets: signal.Signals = signal.SIGKILL
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A worker process, killed at the end if it is still there; `at` is a point of support.signalled_worker."""
+    signalled = ["support.signalled_worker", gets.name, at]
+    command = [sys.executable, "-m", *(signalled if at else ["deltafan_cli", "worker"])]
+    # In front of what is there: the code under test may be somewhere else than where it is installed.
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    whole = {**os.environ, **env, "PYTHONPATH": path}
     process = subprocess.Popen(command, env=whole, start_new_session=True)
     try:
         yield process
