@@ -26,8 +26,10 @@ class Scripts:
         source = load(name, package).source.decode()
         return await self.redis.eval(source, 3, *KEYS, *args)
 
-    async def begin(self, run: str, claim: int, *, prev: str = "", mode: str = "claim", call: str = "c") -> Any:
-        owner = (run, prev, claim, 0, mode, 10, RETENTION.live_ms)
+    async def begin(
+        self, run: str, claim: int, *, prev: str = "", known: int = 0, mode: str = "claim", call: str = "c"
+    ) -> Any:
+        owner = (run, prev, claim, known, mode, 10, RETENTION.live_ms)
         return await self("begin", *owner, '"x":1', call, '"x":1', "", "", *TTLS, "restart", "")
 
     async def finish(self, run: str, attempt: bytes, kind: str = "completed") -> Any:
@@ -57,6 +59,22 @@ async def test_a_number_is_never_issued_again_not_even_when_all_keys_are_lost(sc
     assert int(second) > int(first)
     with pytest.raises(Exception, match="equal or smaller"):
         await scripts.redis.xadd(KEYS[0], {"type": "content", "data": "x"}, id=f"{int(first)}-1")
+
+
+@pytest.mark.parametrize("witness", ["state", "writer", "stream"])
+async def test_a_number_is_never_issued_again_not_even_when_the_clock_goes_back(scripts: Scripts, witness: str) -> None:
+    """A server whose clock was ahead is replaced by one that is right, and a single witness of the number is left."""
+    first = int((await scripts.begin("a", 1))[1]) + 3_600_000
+    await scripts.redis.delete(KEYS[0])
+    if witness == "state":
+        await scripts.redis.hset(KEYS[1], "attempt", first)
+    elif witness == "stream":
+        await scripts.redis.xadd(KEYS[0], {"type": "started", "data": "{}"}, id=f"{first}-0")
+    if witness == "writer":
+        second = await scripts.begin("b", 1, prev="a", known=first, mode="replay")
+    else:
+        second = await scripts.begin("b", 2)
+    assert int(second[1]) == first + 1
 
 
 def _clock(redis: Any) -> Callable[[], Any]:
