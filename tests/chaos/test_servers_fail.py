@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -109,13 +110,18 @@ async def an_entry_is_lost_from_the_middle(scene: Scene) -> None:
 
 
 async def the_suffix_is_lost_as_in_a_failover(scene: Scene) -> None:
+    await _lose_suffix(scene)
+    scene.go_on.set()
+
+
+async def _lose_suffix(scene: Scene) -> None:
+    """The second half of what is there, and with it all connections."""
     entries = await scene.redis.xrange(scene.events_key)
     kept = await scene.redis.xrange(scene.events_key, max=entries[10][0])
     await scene.redis.delete(scene.events_key)
     for entry_id, fields in kept:
         await scene.redis.xadd(scene.events_key, fields, id=entry_id)
     await scene.redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-    scene.go_on.set()
 
 
 async def memory_runs_out_for_a_while(scene: Scene) -> None:
@@ -198,6 +204,32 @@ async def test_readers_get_on_long_before_the_end(
         assert not scene.reading.done()
         end.set()
         assert fold(await asyncio.wait_for(scene.reading, 20)).content == ANSWER
+
+
+async def test_nothing_is_appended_on_a_new_connection_before_the_stream_is_mended(
+    fresh_valkey: Valkey, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    """The server would take it, and no reader would get past the hole before it."""
+    end = asyncio.Event()
+    async with half_way(fresh_valkey, upstream, tmp_path, end) as scene:
+        last = await _publishers(scene.redis)
+        await _lose_suffix(scene)
+        await wait_until(lambda: _has_another(scene.redis, last), "the worker has a new connection")
+        scene.go_on.set()
+        await wait_until(lambda: _has_all(scene), "all text is in the stream while the model still holds the end")
+        assert not scene.reading.done()
+        end.set()
+        events = await asyncio.wait_for(scene.reading, 20)
+        assert fold(events).content == ANSWER
+        assert [event.type for event in events].count("started") == 1, "it was mended in place"
+
+
+async def _publishers(redis: Any) -> set[str]:
+    return {client["id"] for client in await redis.client_list() if client["name"] == "deltafan-publisher"}
+
+
+async def _has_another(redis: Any, last: set[str]) -> bool:
+    return bool(await _publishers(redis) - last)
 
 
 async def _has_all(scene: Scene) -> bool:
