@@ -99,6 +99,34 @@ async def test_resuming_at_every_position_gives_the_rest(consumer: Consumer, han
         assert await read(consumer, after=str(event.position)) == whole[index + 1 :]
 
 
+async def test_nothing_yet_and_ended_are_different_answers(consumer: Consumer, hand: Hand) -> None:
+    await hand.start(5)
+    async with consumer.tail(J) as events:
+        await anext(events)
+        nothing_yet = asyncio.ensure_future(anext(events))
+        assert (await consumer.snapshot(J)).status == "running"
+        assert not nothing_yet.done()
+        await hand.complete(5, 1)
+        assert (await asyncio.wait_for(nothing_yet, 5)).type == "completed"
+        await hand.start(6, "restart")  # by a writer that breaks the rules
+        with pytest.raises(StopAsyncIteration):
+            await asyncio.wait_for(anext(events), 5)
+    assert positions(await read(consumer)) == ["5-0", "5-1"], "what lies behind an end is never read"
+    assert (await consumer.snapshot(J)).status == "completed"
+
+
+async def test_what_is_added_while_a_reader_is_cut_off_is_read(consumer: Consumer, hand: Hand, redis: Redis) -> None:
+    await hand.start(5)
+    async with consumer.tail(J) as events:
+        await anext(events)
+        pipe = redis.pipeline(transaction=True)
+        for kind in ("normal", "pubsub"):
+            pipe.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+        pipe.xadd(EVENTS, {"type": "content", "data": b"a"}, id="5-1")
+        await pipe.execute()
+        assert (await asyncio.wait_for(anext(events), 10)).text == "a"
+
+
 async def test_a_lost_bell_delays_but_loses_nothing(consumer: Consumer, hand: Hand) -> None:
     async with consumer.tail(J) as events:
         await hand.start(5)
@@ -385,6 +413,25 @@ async def test_the_reader_that_the_protocol_prints_needs_none_of_our_code(
     await hand.text(6, 1, "Hello, ", "world")
     await hand.complete(6, 3)
     assert await asyncio.wait_for(reading, 10) == ("completed", "Hello, world")
+
+
+async def test_the_printed_reader_misses_nothing_that_is_added_between_two_reads(redis: Redis, hand: Hand) -> None:
+    class Between:
+        """A client behind each of whose reads something is added."""
+
+        exists = redis.exists
+        rest = iter(["a", "b", "c"])
+
+        async def xread(self, *args: Any, **options: Any) -> Any:
+            answer = await redis.xread(*args, **options)
+            if (text := next(self.rest, None)) is not None:
+                await hand.text(5, ord(text) - ord("a") + 1, text)
+                if text == "c":
+                    await hand.complete(5, 4)
+            return answer
+
+    await hand.start(5)
+    assert await asyncio.wait_for(printed_reader()(Between(), J), 10) == ("completed", "abc")
 
 
 async def test_the_printed_reader_does_not_wait_for_a_job_that_is_unknown(redis: Redis) -> None:

@@ -206,3 +206,13 @@ def test_every_oddity_of_the_wire_has_its_tests() -> None:
         assert named, f"row {number} has no test"
         for name, path in named:
             assert f"def {name}(" in (ROOT / path).read_text(), f"{name} is not in {path}"
+
+
+@pytest.mark.parametrize("document", ["PROTOCOL.md", "ARCHITECTURE.md"])
+def test_every_test_that_a_document_names_is_there(document: str) -> None:
+    tests = list(python_files("tests"))
+    known = {Path(path).stem for path, _ in tests} | {node.name for _, source in tests for node in functions(source)}
+    named = re.findall(r"\b(test_\w+)(…?)", (ROOT / document).read_text(encoding="utf-8"))
+    assert named
+    for name, is_cut in named:
+        assert name in known or (is_cut and any(full.startswith(name) for full in known)), name
