@@ -31,6 +31,8 @@ async def run(bench: Bench, report: Report) -> None:
                             restarted = restarted or event.type == "started"
                             if restarted and event.text:
                                 break
+                        else:
+                            raise AssertionError(f"job {job.id} ended, with no delta of another attempt")
                         times.append(time.monotonic() - killed)
                         await producer.cancel(job.id)
     figure = ", ".join(f"{seconds:.1f} s" for seconds in times)
