@@ -6,7 +6,7 @@ anew.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 import pytest
@@ -16,6 +16,7 @@ from deltafan import Consumer, Generation, JobConflict, JobEnded, Position, Prod
 from deltafan._events import KNOWN_TYPES, Event
 from deltafan._follow import Follower
 from deltafan._request import parse_request
+from deltafan._usage import CallOutcome
 from deltafan.testing import scripted_upstream
 from deltafan_worker.serialization import deserialize
 from support.valkey import Valkey
@@ -64,6 +65,7 @@ def test_every_type_and_mode_is_recorded() -> None:
     assert {line["type"] for line in lines} == KNOWN_TYPES
     modes = {orjson.loads(line["data"])["mode"] for line in lines if line["type"] == "started"}
     assert modes == {"fresh", "restart", "replay", "continue"}
+    assert {orjson.loads(line["data"])["outcome"] for line in recorded("usage")} == set(get_args(CallOutcome))
     assert {path.stem for path in FOLDER.glob("*.jsonl")} == set(KINDS)
 
 
@@ -131,25 +133,38 @@ async def _put(redis: Any, job: str, fields: Line, result: str | None = None) ->
         await redis.set(f"deltafan:{{{job}}}:result", result, ex=600)
 
 
+@pytest.mark.parametrize(
+    ("job", "status", "attempt_no", "outcome"),
+    [("replay", "running", 2, "lost"), ("handed-over", "queued", 1, "handed_over")],
+)
 async def test_todays_worker_takes_over_a_recorded_run(
-    redis: Redis, redis_url: str, consumer: Consumer, tmp_path: Path
+    job: str,
+    status: str,
+    attempt_no: int,
+    outcome: str,
+    redis: Redis,
+    redis_url: str,
+    consumer: Consumer,
+    tmp_path: Path,
 ) -> None:
-    """Its worker of v1 has died in mid-answer."""
-    running = next(line["fields"] for line in recorded("states") if line["fields"]["status"] == "running")
-    await _put(redis, "replay", running)
-    for line in [one for one in recorded("entries") if one["job"] == "replay"][:2]:
-        await redis.xadd("deltafan:{replay}:events", {"type": line["type"], "data": line["data"]}, id=line["id"])
-    await redis.expire("deltafan:{replay}:events", 600)
-    (stored,) = [line["data"] for line in recorded("arq_jobs") if line["job"] == "replay"]
-    await redis.set("arq:job:replay", stored, ex=600)
-    await redis.zadd("deltafan:queue:interactive", {"replay": 1})
-    await redis.set("arq:retry:replay", 1, ex=600)
+    """Its worker of v1 has died in mid-answer, or has given it back there."""
+    _, begun, _ = (line["fields"] for line in recorded("states") if line["job"] == job)
+    assert begun["status"] == status
+    await _put(redis, job, begun)
+    events = f"deltafan:{{{job}}}:events"
+    for line in [one for one in recorded("entries") if one["job"] == job][:2]:
+        await redis.xadd(events, {"type": line["type"], "data": line["data"]}, id=line["id"])
+    await redis.expire(events, 600)
+    (stored,) = [line["data"] for line in recorded("arq_jobs") if line["job"] == job]
+    await redis.set(f"arq:job:{job}", stored, ex=600)
+    await redis.zadd("deltafan:queue:interactive", {job: 1})
+    await redis.set(f"arq:retry:{job}", 1, ex=600)
     async with scripted_upstream() as upstream, running_worker(settings_env(redis_url, upstream.url, tmp_path)):
-        result = await consumer.result("replay", timeout=10)
-        await wait_until(lambda: redis.exists("arq:result:replay"), "it is closed")
-    assert (result.content, result.attempt_no) == ("Hello, world!", 2)
+        result = await consumer.result(job, timeout=10)
+        await wait_until(lambda: redis.exists(f"arq:result:{job}"), "it is closed")
+    assert (result.content, result.attempt_no) == ("Hello, world!", attempt_no)
     bills = [orjson.loads(fields[b"data"]) for _, fields in await redis.xrange("deltafan:usage")]
-    assert sorted(bill["outcome"] for bill in bills) == ["completed", "lost"]
+    assert sorted(bill["outcome"] for bill in bills) == ["completed", outcome]
 
 
 async def test_a_recorded_end_is_the_end(redis: Redis, producer: Producer, consumer: Consumer) -> None:

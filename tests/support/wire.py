@@ -5,7 +5,7 @@ with a change that adds; one that breaks the readers of what is recorded needs a
 """
 
 import asyncio
-import os
+import re
 import socket
 import sys
 import tempfile
@@ -24,7 +24,7 @@ from deltafan.testing import Answer, Audio, ScriptedUpstream, Text, scripted_ups
 from deltafan.testing import chat as script
 from support.valkey import Valkey, valkey_server
 from support.waiting import wait_until
-from support.workers import running_worker, settings_env
+from support.workers import running_worker, settings_env, worker_process
 
 FOLDER = Path(__file__).parents[1] / "contract" / "wire" / "v1"
 KINDS = ("entries", "states", "results", "usage", "arq_jobs", "arq_results", "requests")
@@ -145,6 +145,26 @@ async def _length(redis: Any, key: str, length: int) -> bool:
     return bool(await redis.xlen(key) == length)
 
 
+async def _handed_over(recorder: Recorder) -> None:
+    recorder.upstream.then([script.delta(content="void"), asyncio.Event()])
+    await recorder.submit("handed-over")
+    async with running_worker(recorder.env):
+        await wait_until(lambda: _length(recorder.redis, "deltafan:{handed-over}:events", 2), "it runs")
+    await recorder.note_state("handed-over")
+    async with running_worker(recorder.env):
+        await recorder.at_rest("handed-over")
+
+
+async def _lost(recorder: Recorder) -> None:
+    recorder.upstream.then([script.delta(content="void"), asyncio.Event()])
+    await recorder.submit("lost")
+    with worker_process(recorder.env | {"DELTAFAN_LEASE_S": "2"}) as process:
+        await wait_until(lambda: _length(recorder.redis, "deltafan:{lost}:events", 2), "it runs")
+        process.kill()
+    async with running_worker(recorder.env):
+        await recorder.at_rest("lost")
+
+
 async def _failed(recorder: Recorder) -> None:
     recorder.upstream.then(script.Refuse(400, b'{"error": {"message": "no", "code": "invalid_request_error"}}'))
     await recorder.run("failed")
@@ -180,6 +200,8 @@ _SCENARIOS = (
     _continue,
     _background,
     _replay,
+    _handed_over,
+    _lost,
     _failed,
     _cancelled,
     _cancelled_waiting,
@@ -214,10 +236,10 @@ def recorded(kind: str) -> list[Line]:
 
 def _write(lines: Mapping[str, list[Line]]) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    me = f"{socket.gethostname()}:{os.getpid()}".encode()
+    worker = re.compile(rb"%s:\d+" % re.escape(socket.gethostname().encode()))
     for kind in KINDS:
         text = b"".join(orjson.dumps(line) + b"\n" for line in lines[kind])
-        (FOLDER / f"{kind}.jsonl").write_bytes(text.replace(me, b"host:1"))
+        (FOLDER / f"{kind}.jsonl").write_bytes(worker.sub(b"host:1", text))
 
 
 def _main() -> None:
