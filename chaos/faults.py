@@ -1,16 +1,23 @@
-"""The faults. Each hurts the fleet once and puts right what nobody else would."""
+"""The faults. Each hurts the fleet once, says when it has struck, and puts right what nobody else would."""
 
 import asyncio
-import signal
+import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from redis.exceptions import RedisError
 
-from fleet import LEASE_S, Fleet, follow
+import hurting_models as models
+import hurting_servers as servers
+import hurting_workers as workers
+from fleet import Fleet
+from strikes import Strike
 
-Hurt: TypeAlias = Callable[[Fleet], Awaitable[None]]
+PAGES = 2_000
+"""What a reader that does not read holds at most."""
+
+Hurt: TypeAlias = Callable[[Fleet, Strike], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +25,16 @@ class Fault:
     """A fault and what it needs."""
 
     hurt: Hurt
-    pause_s: float = 0.8
+    pause_s: float = 0.4
     """Between two of them."""
     persistent: bool = False
     replicated: bool = False
     forgets: bool = False
     """The server loses jobs and bills that it had acknowledged: only what was read is promised to be right."""
+    owns: str = ""
+    """`server` or `models`: no other that does may strike at the same time, or soon after."""
+    spares_runs: bool = False
+    """It may not cost a job one of its runs."""
 
     @property
     def name(self) -> str:
@@ -31,190 +42,71 @@ class Fault:
         return self.hurt.__name__.replace("_", " ")
 
 
-async def nothing(_fleet: Fleet) -> None:
+async def nothing(_fleet: Fleet, _strike: Strike) -> None:
     """The measure for all others."""
 
 
-async def a_worker_is_killed(fleet: Fleet) -> None:
-    """SIGKILL."""
-    worker = fleet.pick()
-    worker.kill()
-    worker.wait()
-    fleet.replace(worker)
-
-
-async def a_worker_is_frozen_and_wakes(fleet: Fleet) -> None:
-    """SIGSTOP until its leases are gone, then SIGCONT: a zombie."""
-    worker = fleet.pick()
-    worker.send_signal(signal.SIGSTOP)
-    await asyncio.sleep(LEASE_S * 1.4)
-    worker.send_signal(signal.SIGCONT)
-
-
-async def a_worker_is_drained(fleet: Fleet) -> None:
-    """SIGTERM: it hands over what it can not finish."""
-    worker = fleet.pick()
-    fleet.replace(worker)
-    worker.terminate()
-    await asyncio.to_thread(worker.wait)
-
-
-async def the_fleet_is_rolled(fleet: Fleet) -> None:
-    """Each worker is drained when its successor is up."""
-    for worker in tuple(fleet.workers):
-        fleet.replace(worker)
-        await asyncio.sleep(1.2)
-        worker.terminate()
-        await asyncio.to_thread(worker.wait)
-
-
-async def the_server_restarts_with_its_data(fleet: Fleet) -> None:
-    """A crash, an append-only file that is synced always, a start."""
-    fleet.valkey.kill()
-    await asyncio.sleep(fleet.chance.random() / 2)
-    await asyncio.to_thread(fleet.valkey.start)
-
-
-async def the_server_restarts_empty(fleet: Fleet) -> None:
-    """A crash without any persistence."""
-    await the_server_restarts_with_its_data(fleet)
-
-
-async def the_server_is_paused(fleet: Fleet) -> None:
-    """It answers nobody for longer than a lease."""
-    fleet.valkey.pause()
-    await asyncio.sleep(LEASE_S * (0.5 + fleet.chance.random()))
-    fleet.valkey.resume()
-
-
-async def memory_runs_out(fleet: Fleet) -> None:
-    """Writes are refused for a while."""
-    async with fleet.redis as redis:
-        await redis.config_set("maxmemory", "1")
-        await asyncio.sleep(0.3 + fleet.chance.random() / 2)
-        await redis.config_set("maxmemory", "0")
-
-
-async def all_connections_are_killed(fleet: Fleet) -> None:
-    """CLIENT KILL."""
-    async with fleet.redis as redis:
-        await redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-
-
-async def scripts_are_flushed(fleet: Fleet) -> None:
-    """The server forgets every script."""
-    async with fleet.redis as redis:
-        await redis.script_flush()
-
-
-async def a_replica_without_the_last_moments_is_promoted(fleet: Fleet) -> None:
-    """Replication stops, the primary goes on for a while, the copy takes over; the old one then follows it."""
-    assert fleet.spare is not None
-    async with fleet.redis as primary, type(fleet.redis).from_url(fleet.spare.url) as copy:
-        await copy.replicaof("NO", "ONE")
-        await asyncio.sleep(0.2 + fleet.chance.random() * 0.6)
-        fleet.valkey, fleet.spare = fleet.spare, fleet.valkey
-        fleet.proxy.retarget(fleet.valkey.port)
-        del primary
-    await follow(fleet.spare, fleet.valkey)
-
-
-async def the_network_cuts(fleet: Fleet) -> None:
-    """All connections at once, with what was on its way."""
-    fleet.proxy.cut()
-
-
-async def the_network_delays(fleet: Fleet) -> None:
-    """Everything, for a while."""
-    fleet.proxy.delay_s = 0.05
-    await asyncio.sleep(0.8)
-    fleet.proxy.delay_s = 0.0
-
-
-async def the_network_holds(fleet: Fleet) -> None:
-    """Connections stay open and nothing passes."""
-    fleet.proxy.pause()
-    await asyncio.sleep(0.3 + fleet.chance.random() * LEASE_S)
-    fleet.proxy.resume()
-
-
-async def a_reply_is_cut_in_the_middle(fleet: Fleet) -> None:
-    """The server has executed what its client never learns."""
-    fleet.proxy.cut_after_reply_bytes(fleet.chance.randrange(200))
-
-
-async def answers_are_cut(fleet: Fleet) -> None:
-    """In the middle of a frame."""
-    await fleet.upstream_faults(*["cut"] * 5)
-
-
-async def answers_just_end(fleet: Fleet) -> None:
-    """Without a finish_reason."""
-    await fleet.upstream_faults(*["eof"] * 5)
-
-
-async def answers_stall_behind_comments(fleet: Fleet) -> None:
-    """Alive for the socket, dead for the reader."""
-    await fleet.upstream_faults(*["stall"] * 3)
-
-
-async def answers_turn_into_errors(fleet: Fleet) -> None:
-    """Inside a 200."""
-    await fleet.upstream_faults(*["error"] * 5)
-
-
-async def calls_are_refused(fleet: Fleet) -> None:
-    """429, 500, 503, and connections that are reset."""
-    await fleet.upstream_faults("limit", "down", "broken", "refuse", "limit", "refuse", "down")
-
-
-async def a_stream_is_deleted(fleet: Fleet) -> None:
-    """Under a job that runs."""
-    if fleet.running_jobs:
+async def a_reader_stops_reading(fleet: Fleet, strike: Strike) -> None:
+    """With its tail open, until what it has not read is more than a tail holds: the pressure reaches the server."""
+    fleet.reads_on.clear()
+    try:
         async with fleet.redis as redis:
-            await redis.delete(f"deltafan:{{{fleet.chance.choice(list(fleet.running_jobs))}}}:events")
-
-
-async def two_workers_get_one_job(fleet: Fleet) -> None:
-    """Its lease is taken away while it runs, so another claims it."""
-    if not fleet.running_jobs:
-        return
-    job_id = fleet.chance.choice(list(fleet.running_jobs))
-    async with fleet.redis as redis:
-        if await redis.delete(f"arq:in-progress:{job_id}"):
-            await redis.zadd("deltafan:queue:interactive", {job_id: 1}, xx=True)
+            for _ in range(25):
+                await asyncio.sleep(0.1)
+                for job_id, transcript in tuple(fleet.stopping.items()):
+                    length = await redis.xlen(f"deltafan:{{{job_id}}}:events")
+                    if length > transcript.taken + PAGES + 100:
+                        strike.lands()
+                if strike.at is not None:
+                    break
+    finally:
+        fleet.reads_on.set()
 
 
 FAULTS = (
-    Fault(nothing),
-    Fault(a_worker_is_killed, 1.2),
-    Fault(a_worker_is_frozen_and_wakes, 0.3),
-    Fault(a_worker_is_drained, 0.6),
-    Fault(the_fleet_is_rolled, 0.5),
-    Fault(the_server_restarts_with_its_data, 1.0, persistent=True),
-    Fault(the_server_restarts_empty, 1.5, forgets=True),
-    Fault(the_server_is_paused, 0.8),
-    Fault(memory_runs_out, 0.5),
-    Fault(all_connections_are_killed, 0.4),
-    Fault(scripts_are_flushed, 0.3),
-    Fault(a_replica_without_the_last_moments_is_promoted, 1.0, replicated=True),
-    Fault(the_network_cuts, 0.4),
-    Fault(the_network_delays, 0.4),
-    Fault(the_network_holds, 0.5),
-    Fault(a_reply_is_cut_in_the_middle, 0.2),
-    Fault(answers_are_cut, 0.5),
-    Fault(answers_just_end, 0.5),
-    Fault(answers_stall_behind_comments, 0.6),
-    Fault(answers_turn_into_errors, 0.5),
-    Fault(calls_are_refused, 0.4),
-    Fault(a_stream_is_deleted, 0.2),
-    Fault(two_workers_get_one_job, 0.2),
+    Fault(nothing, spares_runs=True),
+    Fault(workers.a_worker_is_killed, 0.8),
+    Fault(workers.a_worker_is_killed_at_a_stage),
+    Fault(workers.a_worker_is_frozen_and_wakes, 0.2),
+    Fault(workers.a_worker_is_frozen_at_a_stage, 0.2),
+    Fault(workers.a_worker_is_drained, spares_runs=True),
+    Fault(workers.a_worker_is_drained_at_a_stage, spares_runs=True),
+    Fault(workers.the_fleet_is_rolled, spares_runs=True),
+    Fault(workers.the_workers_clocks_jump, spares_runs=True),
+    Fault(servers.the_servers_clock_is_set_back),
+    Fault(servers.the_server_restarts_with_its_data, 0.8, persistent=True, owns="server"),
+    Fault(servers.the_server_restarts_empty, 1.2, forgets=True, owns="server"),
+    Fault(servers.the_server_is_paused, owns="server"),
+    Fault(servers.memory_runs_out, owns="server"),
+    Fault(servers.all_connections_are_killed),
+    Fault(servers.scripts_are_flushed, 0.3, spares_runs=True),
+    Fault(servers.a_replica_without_the_last_moments_is_promoted, 0.8, replicated=True, owns="server"),
+    Fault(servers.the_network_cuts),
+    Fault(servers.the_network_delays, spares_runs=True),
+    Fault(servers.the_network_holds),
+    Fault(servers.a_reply_is_cut_in_the_middle, 0.2),
+    Fault(models.answers_are_cut),
+    Fault(models.answers_just_end),
+    Fault(models.answers_stall_behind_comments),
+    Fault(models.answers_turn_into_errors),
+    Fault(models.answers_do_not_end),
+    Fault(models.calls_are_refused),
+    Fault(models.a_storm_of_429, owns="models"),
+    Fault(models.the_model_server_is_away, owns="models"),
+    Fault(a_reader_stops_reading, spares_runs=True),
+    Fault(servers.a_stream_is_deleted, 0.2),
+    Fault(servers.two_workers_get_one_job, 0.2),
 )
 
 
-async def hurt_quietly(fault: Fault, fleet: Fleet) -> None:
-    """Hurt; a fault that meets a server which another fault has taken away is as good as none."""
+async def strike(fault: Fault, fleet: Fleet, chance: random.Random) -> float | None:
+    """Hurt, and say when it struck.
+
+    A fault that meets a server which another has taken away is as good as none, unless it had struck before.
+    """
+    under_way = Strike(chance)
     try:
-        await fault.hurt(fleet)
-    except (RedisError, OSError, RuntimeError):
+        await fault.hurt(fleet, under_way)
+    except (RedisError, OSError, RuntimeError):  # a TimeoutError is an OSError, uvloop's lost connection a RuntimeError
         await asyncio.sleep(0.05)
+    return under_way.at

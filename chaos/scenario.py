@@ -1,202 +1,116 @@
-"""One scenario: a fleet under load, faults, and an account of every transcript and every bill."""
+"""One scenario: a fleet under load, faults, and an account of what came out."""
 
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 
 import orjson
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from deltafan import Consumer, Producer, RedisUnavailable, UsageRecord
-from faults import Fault, hurt_quietly
+from account import Account, Traits, bills_of, judge_readers
+from deltafan import Consumer, Producer, UsageRecord
+from faults import Fault, strike
 from fleet import Fleet, fleet
-from readers import KINDS, Reading, read
-from transcripts import Job, Transcript, Verdict, judge
+from load import Load
+from readers import Reading
 
-JOBS_PER_S = 25
 PATIENCE_S = 45.0
-"""So long after the last fault every job has ended, or it hangs."""
+"""So long after the last submit every reader has its end, or it hangs."""
+SETTLING_S = 20.0
+"""And so long after that the ledger is complete: what a crash has left is found by a sweep, and mended by the next."""
+REST_S = 2.0
+"""So long a server is left to itself when one has been away: a fleet whose server is hardly ever there gets nowhere."""
+MIXTURE_PACE = 0.7
+"""Several faults come closer together than one alone, so that they meet."""
 
 
-@dataclass
-class Account:
-    """What came out, over any number of scenarios."""
-
-    runs: int = 0
-    faults: int = 0
-    jobs: int = 0
-    transcripts: int = 0
-    deltas: int = 0
-    verdict: Verdict = field(default_factory=Verdict)
-    double_billed: int = 0
-    unbilled: int = 0
-    worst_silence_s: float = 0.0
-    examples: list[str] = field(default_factory=list)
-
-    def add(self, other: "Account") -> None:
-        """Count another one in."""
-        for name in ("runs", "faults", "jobs", "transcripts", "deltas", "double_billed", "unbilled"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.verdict.add(other.verdict)
-        self.worst_silence_s = max(self.worst_silence_s, other.worst_silence_s)
-        self.examples += other.examples
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether nothing is wrong."""
-        verdict = self.verdict
-        return not any(
-            (verdict.lost, verdict.duplicated, verdict.disordered, verdict.wrong, self.double_billed, self.unbilled)
-        )
-
-
-async def run_scenario(
-    seed: str, faults: Sequence[Fault], *, load_s: float = 8.0, broken: str | None = None, first_number: int = 0
-) -> Account:
+async def run_scenario(seed: str, faults: Sequence[Fault], *, load_s: float, broken: str | None = None) -> Account:
     """Hurt a fleet under load for `load_s`, with faults drawn from these; then see what every reader has."""
-    chance, account = random.Random(seed), Account(runs=1)
-    durability = {
-        "persistent": any(fault.persistent for fault in faults),
-        "replicated": any(fault.replicated for fault in faults),
-    }
-    async with fleet(seed, broken=broken, **durability) as made:
-        replicas = int(made.spare is not None)
-        url = made.env["DELTAFAN_REDIS_URL"]
-        async with (
-            Producer.connect(url, replicas=replicas) as producer,
-            Consumer.connect(url) as first,
-            Consumer.connect(url) as second,
-            Redis.from_url(url, socket_timeout=3) as redis,
-        ):
-            load = _Load(made, producer, Reading((first, second), redis, chance, _nobody), account, chance)
-            load.reading.again = load.submit
+    traits, account = Traits(faults), Account(Counter(runs=1))
+    patience = 0.3 if broken else 1.0  # a broken build will never be done
+    async with fleet(persistent=traits.persistent, replicated=traits.replicated, broken=broken) as made:
+        async with _load(seed, made, traits) as (load, reading):
             with suppress(TimeoutError):
-                async with asyncio.timeout(load_s + PATIENCE_S), asyncio.TaskGroup() as tasks:
-                    tasks.create_task(load.run(tasks, load_s, first_number))
-                    tasks.create_task(_hurt(made, faults, chance, load_s, account))
-            load.judge()
-            await _settle_bills(made, load, forgets=any(fault.forgets for fault in faults))
-    account.worst_silence_s = load.reading.longest_silence_s
+                async with asyncio.timeout(load_s + PATIENCE_S * patience), asyncio.TaskGroup() as tasks:
+                    tasks.create_task(load.run(tasks, load_s))
+                    tasks.create_task(_hurt(made, load, reading, faults, f"{seed}/faults", load_s))
+        made.note_dead()
+        account.counts += Counter(faults=len(reading.recovery.strikes), jobs=len(load.jobs))
+        judge_readers(account, load, reading, await made.upstream.calls(), traits)
+        await _settle(account, made, load, traits, SETTLING_S * patience)
+    account.note(Counter(stuck=len(made.failures)), "; ".join(made.failures))
     return account
 
 
-async def _nobody(_job: Job) -> None:
-    raise AssertionError("replaced before anybody reads")
+@asynccontextmanager
+async def _load(seed: str, made: Fleet, traits: Traits) -> AsyncIterator[tuple[Load, Reading]]:
+    """Two machines that submit and read, and one that knows XREAD alone."""
+    url, replicas = made.env["DELTAFAN_REDIS_URL"], int(traits.replicated)
+    async with (
+        Producer.connect(url, replicas=replicas) as first,
+        Producer.connect(url, replicas=replicas) as second,
+        Consumer.connect(url) as reader,
+        Consumer.connect(url) as another,
+        Redis.from_url(url, socket_timeout=3) as redis,
+    ):
+        reading = Reading(made, (reader, another), redis)
+        yield Load(seed, (first, second), reading, forgets=traits.goes_back), reading
 
 
-class _Load:
-    """Jobs and their readers."""
-
-    def __init__(
-        self, made: Fleet, producer: Producer, reading: Reading, account: Account, chance: random.Random
-    ) -> None:
-        self.made = made
-        self.reading = reading
-        self.jobs: list[Job] = []
-        self.statuses: dict[str, Transcript] = {}
-        self._producer = producer
-        self._account = account
-        self._chance = chance
-        self._transcripts: dict[tuple[str, str], Transcript | None] = {}
-
-    async def run(self, tasks: asyncio.TaskGroup, load_s: float, first_number: int) -> None:
-        """Submit jobs at an even rate, each with its readers."""
-        for number in range(first_number, first_number + int(load_s * JOBS_PER_S)):
-            job = Job(f"job-{number}", number, self._chance.randint(1, 40), self._chance.choice((0, 1, 5, 20, 40)))
-            self.jobs.append(job)
-            tasks.create_task(self._job(tasks, job))
-            await asyncio.sleep(1 / JOBS_PER_S)
-
-    async def _job(self, tasks: asyncio.TaskGroup, job: Job) -> None:
-        await self.submit(job)
-        self.made.running_jobs[job.id] = None
-        for kind in (KINDS[0], self._chance.choice(KINDS[1:])):
-            self._transcripts[job.id, kind.__name__] = None
-            tasks.create_task(self._read(job, kind))
-
-    async def _read(self, job: Job, kind: object) -> None:
-        transcript = await read(job, kind, self.reading)  # type: ignore[arg-type]
-        self._transcripts[job.id, kind.__name__] = transcript  # type: ignore[attr-defined]
-        self.statuses[job.id] = transcript
-        self.made.running_jobs.pop(job.id, None)
-
-    async def submit(self, job: Job) -> None:
-        """As often as it takes: the same id is the same job."""
-        messages = [{"role": "user", "content": job.prompt}]
-        while True:
-            try:
-                await self._producer.submit(model="sim", messages=messages, job_id=job.id)
-            except RedisUnavailable:
-                await asyncio.sleep(0.1)
-            else:
-                return
-
-    def judge(self) -> None:
-        """Compare every transcript with the truth."""
-        account, by_id = self._account, {job.id: job for job in self.jobs}
-        account.jobs, account.transcripts = len(self.jobs), len(self._transcripts)
-        account.deltas = sum(by_id[job_id].deltas for job_id, _ in self._transcripts)
-        for (job_id, kind), transcript in self._transcripts.items():
-            verdict = judge(by_id[job_id], transcript)
-            account.verdict.add(verdict)
-            if verdict.wrong and len(account.examples) < 5:
-                state = "never ended" if transcript is None else f"{transcript.status}, {transcript.deltas[:60]}"
-                account.examples.append(f"{job_id} ({by_id[job_id].prompt}), read by {kind}: {verdict}: {state}")
-
-
-async def _hurt(made: Fleet, faults: Sequence[Fault], chance: random.Random, load_s: float, account: Account) -> None:
-    loop = asyncio.get_running_loop()
+async def _hurt(made: Fleet, load: Load, reading: Reading, faults: Sequence[Fault], seed: str, load_s: float) -> None:
+    """Strike until the load ends; with several faults the next does not wait for the last to be over."""
+    loop, chance, number = asyncio.get_running_loop(), random.Random(seed), 0
+    pace, rest_s = (1.0, 0.0) if len(faults) == 1 else (MIXTURE_PACE, REST_S)
     end = loop.time() + load_s
-    await asyncio.sleep(1.5)
-    while loop.time() < end:
-        fault = chance.choice(faults)
-        await hurt_quietly(fault, made)
-        account.faults += fault.name != "nothing"
-        pace = 1 if len(faults) == 1 else 0.5  # a mixture has them closer together, so that they meet
-        await asyncio.sleep(fault.pause_s * pace * (0.5 + chance.random()))
+    while not load.has_begun and loop.time() < end:
+        await asyncio.sleep(0.05)
+    async with asyncio.TaskGroup() as strikes:
+        while loop.time() < end:
+            fault, number = chance.choice(faults), number + 1
+            if fault.owns not in made.owned:
+                under_way = strikes.create_task(
+                    _strike(made, reading, fault, random.Random(f"{seed}/{number}"), rest_s)
+                )
+                if len(faults) == 1:
+                    await under_way
+            await asyncio.sleep(fault.pause_s * pace * (0.5 + chance.random()))
 
 
-async def _settle_bills(made: Fleet, load: _Load, *, forgets: bool) -> None:
-    """Wait until the queue is told of every job, then compare the ledger with what was begun."""
-    records: list[UsageRecord] = []
+async def _strike(made: Fleet, reading: Reading, fault: Fault, chance: random.Random, rest_s: float) -> None:
+    if fault.owns:
+        made.owned.add(fault.owns)
+    at = await strike(fault, made, chance)
+    if at is not None:
+        reading.recovery.strikes.append(at)
+    if fault.owns:
+        await asyncio.sleep(rest_s)
+        made.owned.discard(fault.owns)
+
+
+async def _settle(account: Account, made: Fleet, load: Load, traits: Traits, settling_s: float) -> None:
+    """Wait until the queues are empty and the ledger is right; what is not by then is wrong."""
+    waiting, calls = 0, await made.upstream.calls()
+    wrong = bills_of(load, [], calls, traits)
     with suppress(TimeoutError):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(settling_s):
             while True:
                 with suppress(RedisError, OSError, RuntimeError):
-                    async with made.redis as redis:
-                        waiting = await redis.zcard("deltafan:queue:interactive")
-                        entries = await redis.xrange("deltafan:usage")
-                    records = [UsageRecord.from_json(orjson.loads(fields[b"data"])) for _, fields in entries]
-                    if waiting == 0:
-                        break
+                    waiting, records = await _queues_and_ledger(made)
+                    wrong = bills_of(load, records, calls, traits)
+                    if not waiting and not wrong:
+                        return
                 await asyncio.sleep(0.2)
-    account = load._account  # noqa: SLF001  of the same module
-    calls = Counter(record.call_id for record in records)
-    account.double_billed = sum(count - 1 for count in calls.values())
-    if forgets:
-        return
-    begun = await made.upstream_calls()
-    by_job: dict[str, list[UsageRecord]] = {}
-    for record in records:
-        by_job.setdefault(record.job_id, []).append(record)
-    for job in load.jobs:
-        if job.id not in load.statuses:
-            continue
-        mine = by_job.get(job.id, [])
-        completed = sum(record.outcome == "completed" for record in mine)
-        # A call may be tried several times before its first delta; each that gave deltas has a record of its own.
-        if completed != 1 or not 1 <= len({record.call_id for record in mine}) <= begun.get(job.number, 0) + _uncalled(
-            mine
-        ):
-            account.unbilled += completed == 0
-            account.double_billed += max(0, completed - 1)
-            account.examples.append(f"{job.id}: {begun.get(job.number)} calls, records {[r.outcome for r in mine]}")
+    for whose, found in wrong.items():
+        account.note(found, whose)
+    account.note(Counter(stuck=waiting), f"{waiting} jobs are still in the queues")
 
 
-def _uncalled(records: Sequence[UsageRecord]) -> int:
-    """Attempts whose worker vanished before its request went out, or whose request was refused."""
-    return sum(record.source == "none" for record in records)
+async def _queues_and_ledger(made: Fleet) -> tuple[int, list[UsageRecord]]:
+    """How many jobs the queues hold, and the ledger."""
+    async with made.redis as redis:
+        waiting = [await redis.zcard(f"deltafan:queue:{lane}") for lane in ("interactive", "batch")]
+        entries = await redis.xrange("deltafan:usage")
+    return sum(waiting), [UsageRecord.from_json(orjson.loads(fields[b"data"])) for _, fields in entries]

@@ -73,6 +73,11 @@ class TcpProxy:
         """
         self._reply_bytes_left = count
 
+    @property
+    def is_about_to_cut(self) -> bool:
+        """Whether that is still to come."""
+        return self._reply_bytes_left is not None
+
     def pause(self) -> None:
         """Hold whatever is sent, either way; connections stay open."""
         self._flowing.clear()
