@@ -32,7 +32,7 @@ class WallClock:
 
 
 def obey(trap: Trap, clock: WallClock) -> None:
-    """Take orders for as long as anybody gives them."""
+    """Take orders for as long as there is somebody to give them; a driver that is gone takes its workers along."""
     for line in sys.stdin:
         match line.split(maxsplit=1):
             case ["clock", seconds]:
@@ -41,6 +41,7 @@ def obey(trap: Trap, clock: WallClock) -> None:
                 trap.take_away()
             case [name, stage]:
                 trap.set(name, stage.strip())
+    os._exit(1)
 
 
 def main() -> None:
