@@ -41,6 +41,11 @@ def is_passing(error: ServerError) -> bool:
     return str(error).startswith(_PASSING)
 
 
+def is_replaced(error: ServerError) -> bool:
+    """Whether a server refuses that is a replica now: it keeps its connections, while its name leads to another."""
+    return str(error).startswith(("READONLY", "MASTERDOWN"))
+
+
 class ConnectionLost(Exception):
     """The connection ended before the reply came; the command may or may not have run."""
 

@@ -3,49 +3,26 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 from redis.asyncio import Redis
 
 from deltafan import Producer, Retention
-from deltafan._background import background
-from deltafan._events import CONTENT, Delta
-from deltafan._keys import Keys
 from deltafan_worker._interrupt import Interrupt
 from deltafan_worker._publisher import Publisher
-from deltafan_worker._writer import Begun, Call, Ended, NotOurs, RunLimits, Sealed, StreamWriter
+from deltafan_worker._writer import Begun, Ended, NotOurs, RunLimits, StreamWriter
+from support.proxy import tcp_proxy
 from support.valkey import Valkey, valkey_server
 from support.waiting import wait_until
+from support.writing import CALL, END, begun, publishing, say
 
 HI = [{"role": "user", "content": "Hi"}]
-CALL = Call("c", '"model":"m"', '"outcome":"lost"')
-END = Sealed("completed", b"{}", b"{}", b"{}")
-
-
-@asynccontextmanager
-async def publishing(url: str, *, replicas: int = 0, timeout_ms: int = 100) -> AsyncIterator[Publisher]:
-    publisher = Publisher(url, Keys(), beat_s=1.0, replicas=replicas, replicas_timeout_ms=timeout_ms)
-    async with background(publisher.keep_open(), "publisher"):
-        yield publisher
 
 
 @pytest.fixture
 async def publisher(redis_url: str) -> AsyncIterator[Publisher]:
     async with publishing(redis_url) as publisher:
         yield publisher
-
-
-async def begun(publisher: Publisher, producer: Producer, job_id: str, claim: int = 1) -> StreamWriter:
-    """A writer with an attempt that is open."""
-    await producer.submit(model="m", messages=HI, job_id=job_id)
-    writer = StreamWriter(publisher, job_id, claim, Retention(), Interrupt())
-    assert isinstance(await writer.begin(CALL, RunLimits()), Begun)
-    return writer
-
-
-def say(writer: StreamWriter, text: str) -> None:
-    writer.extend([Delta(CONTENT, text.encode())])
 
 
 async def texts(redis: Redis, writer: StreamWriter) -> list[str]:
@@ -93,6 +70,45 @@ async def test_a_replica_that_has_the_end_is_not_waited_for(
             for writer in writers:
                 assert await replica.exists(f"deltafan:{{{writer.job_id}}}:result")
             await replica.replicaof("NO", "ONE")
+
+
+async def test_a_server_that_does_not_let_us_wait_for_replicas_holds_up_nothing(
+    redis: Redis, redis_url: str, producer: Producer, caplog: pytest.LogCaptureFixture
+) -> None:
+    await redis.execute_command("ACL", "SETUSER", "hasty", "on", ">pw", "~*", "&*", "+@all", "-wait")
+    async with publishing(redis_url.replace("//", "//hasty:pw@"), replicas=1, timeout_ms=10) as publisher:
+        writer = await begun(publisher, producer, "j")
+        async with asyncio.timeout(10):
+            assert isinstance(await writer.finish(lambda _: END), Ended)
+    assert "fewer than 1 replicas" in caplog.text
+    await redis.execute_command("ACL", "DELUSER", "hasty")
+
+
+async def test_replicas_that_can_not_be_asked_are_not_waited_for_for_ever(
+    redis: Redis, valkey: Valkey, producer: Producer
+) -> None:
+    async with tcp_proxy(valkey.port) as proxy, publishing(proxy.url, replicas=1, timeout_ms=10) as publisher:
+        writer = await begun(publisher, producer, "j")
+        proxy.refuses = True
+        async with asyncio.timeout(10):
+            assert isinstance(await writer.finish(lambda _: END), Ended)
+
+
+async def test_an_end_is_not_believed_while_its_server_is_away(
+    redis: Redis, valkey: Valkey, producer: Producer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with tcp_proxy(valkey.port) as proxy, publishing(proxy.url, replicas=1, timeout_ms=10) as publisher:
+        writer = await begun(publisher, producer, "j")
+        proxy.refuses = True
+        async with asyncio.TaskGroup() as tasks:
+            finished = tasks.create_task(writer.finish(lambda _: END))
+            await wait_until(lambda: redis.exists("deltafan:{j}:result"), "the end is written")
+            proxy.cut()
+            await wait_until(lambda: "going on" in caplog.text, "it has asked for long enough")
+            assert not finished.done()
+            await redis.delete("deltafan:{j}:events", "deltafan:{j}:state", "deltafan:{j}:result")
+            proxy.refuses = False
+        assert await redis.exists("deltafan:{j}:result"), "what a failover lost is written again"
 
 
 async def test_an_end_whose_state_is_gone_is_believed(redis: Redis, redis_url: str, producer: Producer) -> None:

@@ -56,10 +56,11 @@ class TcpProxy:
         """Connections now."""
         return len(self._links)
 
-    def retarget(self, port: int) -> None:
-        """Lead new connections to another server on the same host, as a failover does; the old ones are broken."""
+    def retarget(self, port: int, *, cut: bool = True) -> None:
+        """Lead new connections to another server on the same host, as a failover does; old ones are cut, or left."""
         self._target = (self._target[0], port)
-        self.cut()
+        if cut:
+            self.cut()
 
     def cut(self) -> None:
         """Break all connections; new ones are welcome."""

@@ -20,7 +20,7 @@ from uuid import uuid4
 from arq.connections import ArqRedis
 from arq.utils import timestamp_ms
 from arq.worker import Function, Worker
-from redis.exceptions import ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from deltafan._background import background
 from deltafan._keys import Keys
@@ -238,8 +238,6 @@ class LeasedWorker(Worker):
             what = "refuses to give jobs out" if isinstance(error, ResponseError) else "is unreachable"
             log.warning("the queue's Redis %s (%s); waiting for it, running jobs go on", what, error)
         self._unwell = self._cautious = True
-        if isinstance(error, ReadOnlyError):  # a primary that was demoted keeps its connections
-            await self.pool.connection_pool.disconnect(inuse_connections=False)
         while not self._draining.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._draining.wait(), _RETRY_PAUSE_S)

@@ -7,7 +7,7 @@ what was sent on the last, so nothing is appended on it for a job before that jo
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from deltafan._errors import RedisUnavailable
 from deltafan._keys import Keys
@@ -20,12 +20,13 @@ from deltafan._resp import (
     RespConnection,
     ServerError,
     ignore,
+    is_replaced,
     open_connection,
     pack,
 )
 from deltafan._url import masked_url
 from deltafan_worker._interrupt import Reason
-from deltafan_worker._replicas import Replicas
+from deltafan_worker._replicas import CONFIRM, Replicas
 from deltafan_worker._writer import StreamWriter
 
 log = logging.getLogger("deltafan.publisher")
@@ -76,34 +77,29 @@ class Publisher:
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Reply:
         """Run a script on the streams' connection, as often as it takes: scripts are safe to repeat."""
+        return await self._insist(script.name, lambda connection: connection.run(script, keys, args))
+
+    async def ask(self, *args: Argument) -> Reply:
+        """Run one reading command on the streams' connection, as often as it takes."""
+        return await self._insist(str(args[0]), lambda connection: connection.call(*args))
+
+    async def _insist(self, what: str, attempt: Callable[[RespConnection], Awaitable[Reply]]) -> Reply:
         refused = False
         while True:
             await self._connected.wait()
-            assert self._connection is not None
+            connection = self._connection
+            assert connection is not None
             try:
-                return await self._connection.run(script, keys, args)
+                return await attempt(connection)
             except ConnectionLost:
                 await asyncio.sleep(0)
             except ServerError as error:
                 if not refused:
-                    log.warning(
-                        "Redis at %s refused %s (%s); going on trying", masked_url(self._url), script.name, error
-                    )
+                    log.warning("Redis at %s refused %s (%s); going on trying", masked_url(self._url), what, error)
                 refused = True
                 await asyncio.sleep(_RETRY_PAUSE_S)
-
-    async def ask(self, *args: Argument) -> Reply:
-        """Run one reading command on the streams' connection, as often as it takes."""
-        while True:
-            await self._connected.wait()
-            assert self._connection is not None
-            try:
-                return await self._connection.call(*args)
-            except ConnectionLost:
-                await asyncio.sleep(0)
-            except ServerError as error:
-                log.debug("%s refused %s: %s", masked_url(self._url), args[0], error)
-                await asyncio.sleep(_RETRY_PAUSE_S)
+                if is_replaced(error):
+                    connection.close()
 
     def send(self, command: bytes, handler: Handler) -> None:
         """Send a command whose loss does no harm; without a connection it is not sent, and nobody is told."""
@@ -111,8 +107,12 @@ class Publisher:
             self._connection.send(command, (handler,))
 
     async def is_durable(self, keys: Sequence[str]) -> bool:
-        """Whether the job's end, just written, still stands and has reached the configured replicas."""
-        return await self._replicas.have_end(keys)
+        """Whether the job's end, just written, still stands and has reached the configured replicas.
+
+        Where the replicas can not be asked it must still stand where it was written; an outage is waited out.
+        """
+        durable = await self._replicas.have_end(keys)
+        return await self.run(CONFIRM, keys, ()) == 1 if durable is None else durable
 
     def on_cancel(self, job_id: str) -> None:
         """A cancel was announced: look at the job's state now instead of with the next heartbeat."""

@@ -9,7 +9,7 @@ from arq.connections import ArqRedis
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ReadOnlyError
 
 from deltafan._lua import Script
 from deltafan_worker.serialization import deserialize, serialize
@@ -45,7 +45,7 @@ async def run_script(pool: ArqRedis, script: Script, keys: Sequence[str], args: 
 
 
 class _Losing:
-    """What redis-py's connections get wrong when they are cut, or when who uses them is cancelled."""
+    """What redis-py's connections get wrong when they are cut, their server is replaced, or their user cancelled."""
 
     async def send_packed_command(self, *args: Any, **options: Any) -> None:
         task = asyncio.current_task()
@@ -58,6 +58,13 @@ class _Losing:
             # Python 3.11's wait_for, in there, forgets a cancel that comes as the write ends.
             await self.disconnect(nowait=True)  # type: ignore[attr-defined]  # so that nobody reads this one's reply
             raise asyncio.CancelledError
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*args, **options)  # type: ignore[misc]
+        except ReadOnlyError:  # a primary that was demoted keeps its connections, while its name leads to another
+            await self.disconnect(nowait=True)  # type: ignore[attr-defined]
+            raise
 
 
 def _losing(connection_class: type[AbstractConnection]) -> type[AbstractConnection]:

@@ -6,6 +6,7 @@ On a connection of its own: a WAIT holds up whatever comes behind it. All who as
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 
 from deltafan._errors import RedisUnavailable
 from deltafan._lua import load
@@ -13,7 +14,7 @@ from deltafan._resp import ConnectionLost, Reply, RespConnection, ServerError, o
 
 log = logging.getLogger("deltafan.publisher")
 
-_CONFIRM = load("confirm", "deltafan_worker")
+CONFIRM = load("confirm", "deltafan_worker")
 _TRIES = 20
 _GRACE_S = 2.0
 """A connection that is silent for so much longer than its WAIT may take is lost."""
@@ -30,24 +31,27 @@ class Replicas:
         self._asked: list[tuple[Sequence[str], asyncio.Future[tuple[bool, int]]]] = []
         self._wake = asyncio.Event()
 
-    async def have_end(self, keys: Sequence[str]) -> bool:
+    async def have_end(self, keys: Sequence[str]) -> bool | None:
         """Whether the job's end, just written, still stands and has reached the replicas.
 
-        After a bounded time the answer is yes, with a warning: a fleet must not hang on a replica that is gone.
+        None when that can not be told within a bounded time: a fleet must not hang on a replica that is gone.
         """
         if self._count == 0:
             return True
-        for _ in range(_TRIES):
-            answer: asyncio.Future[tuple[bool, int]] = asyncio.get_running_loop().create_future()
-            self._asked.append((keys, answer))
-            self._wake.set()
-            stands, heard = await answer
-            if not stands:
-                return False
-            if heard >= self._count:
-                return True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_TRIES * self._timeout_ms / 1000 + _GRACE_S):
+                for _ in range(_TRIES):
+                    stands, heard = await self._ask(keys)
+                    if not stands or heard >= self._count:
+                        return stands
         log.warning("%s: fewer than %d replicas have the end of this job; going on", keys[1], self._count)
-        return True
+        return None
+
+    def _ask(self, keys: Sequence[str]) -> "asyncio.Future[tuple[bool, int]]":
+        answer: asyncio.Future[tuple[bool, int]] = asyncio.get_running_loop().create_future()
+        self._asked.append((keys, answer))
+        self._wake.set()
+        return answer
 
     async def keep_asking(self) -> None:
         """Answer whoever asks; runs until cancelled."""
@@ -73,20 +77,22 @@ class Replicas:
         stand, heard = [False] * len(asked), 0
         try:
             async with asyncio.timeout(self._timeout_ms / 1000 + _GRACE_S):
-                confirms = (connection.run(_CONFIRM, keys, ()) for keys, _ in asked)
+                confirms = (connection.run(CONFIRM, keys, ()) for keys, _ in asked)
                 replies = await asyncio.gather(*confirms, return_exceptions=True)
+                stand = [reply == 1 for reply in replies]
                 heard = _number(await connection.call("WAIT", self._count, self._timeout_ms))
-            stand = [reply == 1 for reply in replies]
-        except ServerError as error:
+        except ServerError as error:  # its user may not ask, or it is a replica now: then its name leads to another
             log.debug("WAIT was refused: %s", error)
             await asyncio.sleep(_RETRY_PAUSE_S)
         except (ConnectionLost, TimeoutError):
-            return False
+            pass
+        else:
+            return True
         finally:
             for (_, answer), stands in zip(asked, stand, strict=True):
                 if not answer.done():
                     answer.set_result((stands, heard))
-        return True
+        return False
 
 
 def _number(reply: Reply) -> int:
