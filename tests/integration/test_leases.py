@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from deltafan import Consumer, JobCancelled, Producer
+from deltafan import Consumer, JobCancelled, JobFailed, Producer
 from deltafan.testing import ScriptedUpstream
 from deltafan.testing import chat as script
 from deltafan_worker import _leased
@@ -22,6 +22,10 @@ from support.waiting import wait_until
 from support.workers import running_worker, settings_env
 
 HI = [{"role": "user", "content": "Hi"}]
+
+
+def a_claim(number: int) -> Claim:
+    return Claim(job_id="j", queue="q", queue_index=1, token=f"me:{number}", number=number, score="1")
 
 
 async def test_a_worker_that_can_not_give_a_job_back_can_still_be_stopped(
@@ -88,20 +92,85 @@ async def test_a_job_that_is_taken_again_while_it_is_being_given_back_runs_again
         ran.append(worker.claims[job_id].token)
         await gate.wait()
 
-    def claim(number: int) -> Claim:
-        return Claim(job_id="j", queue="q", queue_index=1, token=f"me:{number}", number=number, score="1")
-
     monkeypatch.setattr(worker, "run_job", run_job)
-    worker._launch(first := claim(1))
+    worker._launch(first := a_claim(1))
     await wait_until(lambda: ran, "the first runs")
-    worker._launch(claim(2))
+    worker._launch(a_claim(2))
     assert first.token == "me:2", "a lease that had run out is the same claim's again"
     first.renewed = False
-    worker._launch(claim(3))
+    worker._launch(a_claim(3))
     gate.set()
     await wait_until(lambda: not worker.tasks, "both are over")
     assert ran == ["me:1", "me:3"]
     assert not worker.claims
+
+
+async def lend(redis: Redis, claim: Claim) -> None:
+    """Another worker has a job of ours for a moment and gives it back."""
+    await redis.set(f"arq:in-progress:{claim.job_id}", "another:99", px=60_000)
+    await wait_until(lambda: not claim.renewed, "we learn that it is another's")
+    await redis.delete(f"arq:in-progress:{claim.job_id}")
+    await redis.zadd(claim.queue, {claim.job_id: 1}, xx=True)
+
+
+async def test_a_job_that_is_taken_again_before_its_lost_run_has_left_is_not_destroyed_by_that(
+    producer: Producer, consumer: Consumer, redis: Redis, valkey: Valkey, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    async with tcp_proxy(valkey.port) as streams:
+        env = settings_env(valkey.url, upstream.url, tmp_path, streams_url=streams.url, lease_s=2)
+        streams.refuses = True
+        async with running_worker(env) as worker:
+            job = await producer.submit(model="sim", messages=HI)
+            await wait_until(lambda: any(claim.interrupt for claim in worker.claims.values()), "it waits to begin")
+            (first,) = worker.claims.values()
+            await lend(redis, first)
+            await wait_until(lambda: worker.claims[job.id] is not first, "it is taken again")
+            streams.refuses = False
+            assert (await consumer.result(job.id, timeout=15)).content == "Hello, world!"
+            await wait_until(lambda: redis.exists(f"arq:result:{job.id}"), "the queue is told")
+        assert not worker.claims
+
+
+async def test_a_job_without_a_record_that_is_another_workers_is_left_to_it(
+    producer: Producer, consumer: Consumer, redis: Redis, env: dict[str, str]
+) -> None:
+    job = await producer.submit(model="sim", messages=HI)
+    await redis.delete(f"arq:job:{job.id}")
+    await redis.hset(f"deltafan:{{{job.id}}}:state", mapping={"status": "running", "run": "another", "claim": 99})  # type: ignore[misc]
+    async with running_worker(env) as worker:
+        await wait_until(lambda: claimed_times(redis, job.id, 2), "it is looked at again and again")
+        assert await redis.zscore("deltafan:queue:interactive", job.id)
+        await redis.hset(f"deltafan:{{{job.id}}}:state", "claim", "0")  # type: ignore[misc]
+        with pytest.raises(JobFailed, match="not_run"):
+            await consumer.result(job.id, timeout=10)
+        await wait_until(lambda: not worker.tasks, "the queue is told")
+    assert not await redis.zcard("deltafan:queue:interactive")
+
+
+async def claimed_times(redis: Redis, job_id: str, count: int) -> bool:
+    return int(await redis.get(f"arq:retry:{job_id}") or 0) >= count
+
+
+async def test_a_job_that_is_stopped_before_it_starts_again_leaves_its_last_run_alone(
+    worker: LeasedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, first, second = asyncio.Event(), a_claim(1), a_claim(2)
+
+    async def run_job(job_id: str, _score: int) -> None:
+        worker.job_tasks[job_id] = asyncio.create_task(gate.wait(), name="function")
+        await worker.job_tasks[job_id]
+        del worker.job_tasks[job_id]
+
+    monkeypatch.setattr(worker, "run_job", run_job)
+    worker._launch(first)
+    await wait_until(lambda: worker.job_tasks, "it runs")
+    first.renewed = False
+    worker._launch(second)
+    function = worker.job_tasks["j"]
+    worker._stop(second, Reason.HAND_OVER)
+    gate.set()
+    await wait_until(lambda: not worker.tasks, "both are over")
+    assert not function.cancelled()
 
 
 async def test_a_server_that_refuses_to_give_jobs_out_is_asked_now_and_then(

@@ -15,7 +15,7 @@ from typing import Any
 from deltafan._lua import load
 from deltafan._resp import Handler, RespConnection
 from deltafan_config import load_settings
-from deltafan_worker import _calls, _leased, _limits, _run
+from deltafan_worker import _calls, _leased, _leaving, _limits, _run
 from deltafan_worker._publisher import Publisher
 from deltafan_worker._queue_pool import run_script
 from deltafan_worker._resumption import read_leftover
@@ -69,7 +69,7 @@ def _script_name(_connection: object, script: Any, _keys: object, args: Any) -> 
 def _main(number: signal.Signals, name: str) -> None:
     point = _Point(name, number)
     RespConnection.run = point.around(RespConnection.run, _script_name)  # type: ignore[method-assign]
-    for module in (_leased, _limits):
+    for module in (_leased, _leaving, _limits):
         vars(module)["run_script"] = point.around(run_script, _script_name)
     vars(_run)["read_leftover"] = point.around(read_leftover, lambda *_: "leftover")
     vars(_calls)["tell"] = point.around(tell, lambda *_: "tell")

@@ -13,7 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 from uuid import uuid4
 
@@ -24,10 +24,11 @@ from redis.exceptions import RedisError, ResponseError
 
 from deltafan._background import background
 from deltafan._keys import Keys
-from deltafan._lua import Script, load
+from deltafan._lua import load
 from deltafan_worker._claim import Claim, Leave
 from deltafan_worker._interrupt import Reason
 from deltafan_worker._lanes import Pass, Shares, Slots
+from deltafan_worker._leaving import Leaving
 from deltafan_worker._limits import FleetLimits, Grant, Lot
 from deltafan_worker._queue_pool import run_script
 from deltafan_worker.serialization import deserialize, serialize
@@ -49,7 +50,7 @@ _RETRY_PAUSE_S = 0.2
 _FOREVER_S = 10 * 366 * 86_400
 _ENDLESS_TRIES = 2**31
 
-_BEAT, _CLOSE, _RELEASE = (load(name, "deltafan_worker", using=()) for name in ("beat", "close", "release"))
+_BEAT = load("beat", "deltafan_worker", using=())
 _CLAIM = load("claim", "deltafan_worker", using=("limits",))
 
 
@@ -105,17 +106,16 @@ class LeasedWorker(Worker):
         self.name = options.name
         self.process = uuid4().hex[:12]
         self.claims: dict[str, Claim] = {}
-        self.ctx["claims"] = self.claims
+        self._runs = self.ctx["claims"] = dict[str, Claim]()
         self._options, self._keys, self._on_unrun = options, keys, on_unrun
+        self._leaving = Leaving(pool, keys, options.ledger_max_records, options.billed_ttl_ms)
         self._queues = tuple(options.queues)
         self._lease_ms = int(options.lease_s * 1000)
         self.limits = limits or FleetLimits(pool, keys, self._queues, reserve=options.shares.interactive)
         self._slots = Slots(len(self._queues), options.concurrency, options.shares)
         self._passes: list[Pass] = []
         self._lease_lock = asyncio.Lock()
-        self._slot_freed = asyncio.Event()
-        self._draining = asyncio.Event()
-        self._hurry = asyncio.Event()
+        self._slot_freed, self._draining, self._hurry = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._due_in_s = POLL_S
         self._cautious = self._unwell = False
 
@@ -199,6 +199,7 @@ class LeasedWorker(Worker):
         """Run a job; when it has just been given back and taken again, after that run's last step."""
         if leaving is not None:
             await asyncio.wait([leaving])
+        self._runs[claim.job_id] = claim  # until then the last run's claim was
         try:
             await self.run_job(claim.job_id, int(float(claim.score)))
         except (RedisError, OSError) as error:
@@ -210,6 +211,7 @@ class LeasedWorker(Worker):
         finally:
             if self.claims[claim.job_id] is claim:
                 del self.claims[claim.job_id], self.tasks[claim.job_id]
+            del self._runs[claim.job_id]
             self.aborting_tasks.discard(claim.job_id)
             self._slot_freed.set()
 
@@ -292,7 +294,7 @@ class LeasedWorker(Worker):
     def _stop(self, claim: Claim, reason: Reason) -> None:
         if claim.interrupt is not None:
             claim.interrupt(reason)
-        elif (task := self.job_tasks.get(claim.job_id)) is not None:
+        elif self._runs.get(claim.job_id) is claim and (task := self.job_tasks.get(claim.job_id)) is not None:
             task.cancel()
 
     async def _finish_running(self) -> None:
@@ -326,33 +328,34 @@ class LeasedWorker(Worker):
         keep_in_progress: float | None,  # noqa: ARG002  for arq's cron jobs
     ) -> None:
         """Called by arq when a job's function has ended: tell the queue, through any outage."""
-        claim = self.claims[job_id]
+        claim = self._runs[job_id]
         if finish and claim.leave is Leave.FINISH:
             ttl_ms = 0 if keep_result_forever else int((result_timeout_s or 0) * 1000)
-            await self._close(claim, result_data, ttl_ms)
+            await self._leaving.close(claim, result_data, ttl_ms)
         elif claim.leave is Leave.PARK and claim.lot is not None:
             await self._park(claim, claim.lot)
         else:
             # arq gives the delay of a Retry as a shift of the job's score.
             score = int(float(claim.score))
             delay_ms = max(0, score + incr_score - timestamp_ms()) if incr_score else claim.release_delay_ms
-            await self._release(claim, delay_ms)
+            await self._stop_renewing(claim)
+            await self._leaving.release(claim, delay_ms)
 
     async def finish_failed_job(self, job_id: str, result_data: bytes | None) -> None:
         """Called by arq when it ends a job without calling its function."""
-        claim = self.claims[job_id]
+        claim = self._runs[job_id]
         if self._on_unrun is not None:
             outcome = deserialize(result_data)["r"] if result_data else None
             await self._on_unrun(claim, outcome)
-        await self._close(claim, result_data, int(self.keep_result_s * 1000))
-
-    async def _close(self, claim: Claim, result: bytes | None, ttl_ms: int) -> None:
-        keys = (claim.queue, self._keys.usage, self._keys.billed(claim.job_id))
-        notes = [part for note in claim.notes for part in note]
-        ledger = (self._options.billed_ttl_ms, self._options.ledger_max_records)
-        args = (claim.token, claim.job_id, result or b"", ttl_ms, *ledger, *notes)
-        if not await self._insist(_CLOSE, keys, args):
-            log.info("job %s: ended, but its lease is another's; leaving the queue as it is", claim.job_id)
+        await self.finish_job(
+            job_id,
+            finish=True,
+            result_data=result_data,
+            result_timeout_s=self.keep_result_s,
+            keep_result_forever=False,
+            incr_score=None,
+            keep_in_progress=None,
+        )
 
     async def _park(self, claim: Claim, lot: Lot) -> None:
         await self._stop_renewing(claim)
@@ -360,29 +363,10 @@ class LeasedWorker(Worker):
             lot, claim.queue, token=claim.token, job_id=claim.job_id, score=claim.score, due_ms=claim.due_ms
         )
 
-    async def _release(self, claim: Claim, delay_ms: int) -> None:
-        await self._stop_renewing(claim)
-        if claim.notes:
-            await self._close(replace(claim, token=""), None, 0)
-        keys = (claim.queue, self._keys.doorbell(claim.queue))
-        await self._insist(_RELEASE, keys, (claim.token, claim.job_id, delay_ms))
-
     async def _stop_renewing(self, claim: Claim) -> None:
         claim.renewed = False
         async with self._lease_lock:  # a heartbeat under way would take the lease again
             pass
-
-    async def _insist(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """Run a script as often as it takes; all of ours are safe to repeat."""
-        failed = False
-        while True:
-            try:
-                return await run_script(self.pool, script, keys, args)
-            except (RedisError, OSError) as error:
-                if not failed:
-                    log.warning("the queue's Redis did not take %s (%s); going on trying", script.name, error)
-                failed = True
-                await asyncio.sleep(_RETRY_PAUSE_S)
 
 
 def _grant(counted: str, second: int) -> Grant | None:
