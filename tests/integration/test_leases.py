@@ -2,6 +2,9 @@
 
 import asyncio
 import logging
+import time
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from deltafan_worker._claim import Claim
 from deltafan_worker._interrupt import Reason
 from deltafan_worker._leased import LeasedWorker
 from deltafan_worker._queue_pool import run_script
-from support.proxy import tcp_proxy
+from support.proxy import TcpProxy, tcp_proxy
 from support.valkey import Valkey
 from support.waiting import wait_until
 from support.workers import running_worker, settings_env
@@ -171,6 +174,61 @@ async def test_a_job_that_is_stopped_before_it_starts_again_leaves_its_last_run_
     gate.set()
     await wait_until(lambda: not worker.tasks, "both are over")
     assert not function.cancelled()
+
+
+@pytest.mark.parametrize("frees_its_slot", ["during the outage", "afterwards"])
+async def test_after_an_outage_a_full_worker_leaves_running_jobs_to_their_workers(
+    frees_its_slot: str,
+    producer: Producer,
+    consumer: Consumer,
+    redis: Redis,
+    valkey: Valkey,
+    upstream: ScriptedUpstream,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_leased, "BEAT_S", 0.1)
+    gates = [asyncio.Event(), asyncio.Event()]
+    for gate in gates:
+        upstream.then([script.delta(content="Hello"), gate, *script.ending()])
+    async with tcp_proxy(valkey.port) as ours, tcp_proxy(valkey.port) as theirs:
+
+        def worker(queue: TcpProxy) -> AbstractAsyncContextManager[LeasedWorker]:
+            options = {"streams_url": valkey.url, "lease_s": 2, "concurrency": 1}
+            return running_worker(settings_env(queue.url, upstream.url, tmp_path, **options))
+
+        async with worker(ours) as our_worker, worker(theirs):
+            jobs = []
+            for count in (1, 2):
+                jobs.append(await producer.submit(model="sim", messages=HI))
+                await wait_until(lambda count=count: len(upstream.requests) == count, "it runs")  # type: ignore[misc]
+            if jobs[0].id not in our_worker.claims:
+                jobs, gates = jobs[::-1], gates[::-1]
+            for queue in (ours, theirs):
+                queue.refuses = True
+                queue.cut()
+            if frees_its_slot == "during the outage":
+                gates[0].set()
+            await wait_until(partial(has_no_lease, redis, jobs[1].id), "the leases have run out")
+            ours.refuses = False
+            if frees_its_slot == "afterwards":
+                await wait_until(partial(redis.exists, f"arq:in-progress:{jobs[0].id}"), "ours is renewed")
+                gates[0].set()
+            await wait_until(partial(is_put_off, redis, jobs[1].id), "their job has been looked at")
+            theirs.refuses = False
+            await wait_until(partial(redis.exists, f"arq:in-progress:{jobs[1].id}"), "and is theirs again")
+            gates[1].set()
+            assert (await consumer.result(jobs[1].id, timeout=10)).attempt_no == 1
+    assert len(upstream.requests) == 2
+
+
+async def has_no_lease(redis: Redis, job_id: str) -> bool:
+    return not await redis.exists(f"arq:in-progress:{job_id}")
+
+
+async def is_put_off(redis: Redis, job_id: str) -> bool:
+    score = await redis.zscore("deltafan:queue:interactive", job_id)
+    return bool(score and score > time.time() * 1000)
 
 
 async def test_a_server_that_refuses_to_give_jobs_out_is_asked_now_and_then(

@@ -117,7 +117,8 @@ class LeasedWorker(Worker):
         self._lease_lock = asyncio.Lock()
         self._slot_freed, self._draining, self._hurry = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._due_in_s = POLL_S
-        self._cautious = self._unwell = False
+        self._unwell = False
+        self._cautious_until = 0.0
 
     @property
     def is_draining(self) -> bool:
@@ -162,8 +163,8 @@ class LeasedWorker(Worker):
 
     async def _claim(self, room: int) -> int:
         self._passes = self._slots.passes(self._running())
-        urgent = int(self._options.is_urgent)
-        args = (*self.limits.common, self.process, self._lease_ms, room, int(self._cautious), urgent)
+        urgent, cautious = int(self._options.is_urgent), self.loop.time() < self._cautious_until
+        args = (*self.limits.common, self.process, self._lease_ms, room, int(cautious), urgent)
         passes = [number for pass_ in self._passes for number in pass_]
         due_in_ms, flat, left, second, limited = await run_script(self.pool, _CLAIM, self._queues, (*args, *passes))
         self._due_in_s = POLL_S if due_in_ms < 0 else min(POLL_S, due_in_ms / 1000)
@@ -239,8 +240,9 @@ class LeasedWorker(Worker):
         if not self._unwell:
             what = "refuses to give jobs out" if isinstance(error, ResponseError) else "is unreachable"
             log.warning("the queue's Redis %s (%s); waiting for it, running jobs go on", what, error)
-        self._unwell = self._cautious = True
+        self._unwell = True
         while not self._draining.is_set():
+            self._be_cautious()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._draining.wait(), _RETRY_PAUSE_S)
             with suppress(RedisError, OSError):
@@ -248,6 +250,10 @@ class LeasedWorker(Worker):
                 await self._beat()
                 await self.pool.ping()
                 return
+
+    def _be_cautious(self) -> None:
+        """Leave jobs that were claimed before to their workers for a while, which come back from an outage as we do."""
+        self._cautious_until = self.loop.time() + self._lease_ms / 2000
 
     def _is_well(self) -> None:
         if self._unwell:
@@ -259,9 +265,9 @@ class LeasedWorker(Worker):
             await asyncio.sleep(min(BEAT_S, self._lease_ms / 3000))
             try:
                 await self._beat()
-                self._cautious = False
             except (RedisError, OSError) as error:
                 log.debug("heartbeat failed: %s", error)
+                self._be_cautious()
 
     async def _beat(self) -> None:
         """Renew all leases; an answer that one is lost, or that an abort was asked for, interrupts that job."""
