@@ -75,6 +75,11 @@ class RespConnection(asyncio.Protocol):
         self._reader = hiredis.Reader(replyError=ServerError, notEnoughData=_INCOMPLETE)
         self._handlers: deque[Handler] = deque()
         self._push: Handler | None = None
+        self._clock = asyncio.get_running_loop().time
+        self.heard = self._clock()
+        """When the other side was last heard, by the loop's clock."""
+        self.sent_bytes = 0
+        """In all, whether they have left already or not."""
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transport = cast(asyncio.Transport, opened._writer.transport)  # type: ignore[union-attr]  # noqa: SLF001  held by a contract test
         self._transport.set_protocol(self)
@@ -87,6 +92,7 @@ class RespConnection(asyncio.Protocol):
     def send(self, data: bytes, handlers: Iterable[Handler]) -> None:
         """Write commands as `pack` made them; `handlers` get the replies, one each, in order."""
         self._handlers.extend(handlers)
+        self.sent_bytes += len(data)
         if self.lost.done():
             self._fail_handlers()
         else:
@@ -138,6 +144,7 @@ class RespConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
+        self.heard = self._clock()
         reader, handlers = self._reader, self._handlers
         reader.feed(data)
         while (reply := reader.gets()) is not _INCOMPLETE:

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from datetime import timedelta
+from functools import partial
 
 import pytest
 from redis.asyncio import Redis
@@ -10,7 +12,7 @@ from redis.asyncio import Redis
 from deltafan import Producer, Retention
 from deltafan_worker._interrupt import Interrupt
 from deltafan_worker._publisher import Publisher
-from deltafan_worker._writer import Begun, Ended, NotOurs, RunLimits, StreamWriter
+from deltafan_worker._writer import Begun, Ended, NotOurs, RunLimits, Sealed, StreamWriter
 from support.proxy import tcp_proxy
 from support.valkey import Valkey, valkey_server
 from support.waiting import wait_until
@@ -109,6 +111,99 @@ async def test_an_end_is_not_believed_while_its_server_is_away(
             await redis.delete("deltafan:{j}:events", "deltafan:{j}:state", "deltafan:{j}:result")
             proxy.refuses = False
         assert await redis.exists("deltafan:{j}:result"), "what a failover lost is written again"
+
+
+@pytest.mark.parametrize("who_ends_it", ["the writer", "somebody else"])
+async def test_the_heartbeat_leaves_the_lifetimes_of_a_job_that_has_ended(
+    who_ends_it: str, redis: Redis, redis_url: str, producer: Producer
+) -> None:
+    retention = Retention().with_ttl(timedelta(seconds=60))
+    async with publishing(redis_url, replicas=1, timeout_ms=10, beat_s=0.01) as publisher:
+        writer = await begun(publisher, producer, "j", retention=retention)
+        stream_ttl = partial(redis.ttl, writer.events_key)
+        assert await stream_ttl() > 3600, "while it runs"
+        if who_ends_it == "the writer":
+            await writer.finish(lambda _: END)  # and waits for the replicas over many heartbeats
+        else:
+            await producer.cancel("j")
+            later = StreamWriter(publisher, "j", 2, retention, Interrupt())
+            assert isinstance(await later.begin(CALL, RunLimits()), Ended)
+        await redis.config_resetstat()
+
+        async def has_beaten() -> bool:
+            return bool((await redis.info("commandstats")).get("cmdstat_hmget", {}).get("calls", 0) > 2)
+
+        await wait_until(has_beaten, "the heart beats on until it is left")
+        assert await stream_ttl() <= 60
+
+
+async def test_a_heartbeat_behind_an_end_that_is_under_way_leaves_its_lifetimes(
+    redis: Redis, redis_url: str, valkey: Valkey, producer: Producer
+) -> None:
+    retention = Retention().with_ttl(timedelta(seconds=60))
+    async with publishing(redis_url, beat_s=10) as publisher:
+        await (await begun(publisher, producer, "before")).finish(lambda _: END)  # the server has the script now
+        writer = await begun(publisher, producer, "j", retention=retention)
+        valkey.pause()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(writer.finish(lambda _: END))
+            await wait_until(lambda: writer._asking, "it is sent")
+            assert publisher._connection is not None
+            publisher._beat(publisher._connection)
+            valkey.resume()
+        await publisher.ask("PING")  # answered behind the heartbeat
+    assert await redis.ttl(writer.events_key) <= 60
+
+
+async def test_the_heartbeat_renews_the_lifetimes_of_a_job_that_runs(
+    redis: Redis, redis_url: str, producer: Producer
+) -> None:
+    async with publishing(redis_url, beat_s=0.01) as publisher:
+        writer = await begun(publisher, producer, "j")
+        connection = publisher._connection
+        for _ in range(3):
+            for key in (writer.events_key, writer.state_key):
+                await redis.expire(key, 60)
+                await wait_until(partial(lives_long, redis, key), f"{key} is renewed")
+        assert publisher._connection is connection, "which is heard from all the time"
+
+
+async def lives_long(redis: Redis, key: str) -> bool:
+    return bool(await redis.ttl(key) > 3600)
+
+
+async def test_a_large_output_on_a_slow_link_is_no_silence(redis: Redis, valkey: Valkey, producer: Producer) -> None:
+    text = "x" * 1_000_000
+    async with tcp_proxy(valkey.port) as proxy, publishing(proxy.url, beat_s=0.1) as publisher:
+        writer = await begun(publisher, producer, "j")
+        proxy.bytes_per_s = 2_000_000
+        say(writer, text)
+        async with asyncio.timeout(15):
+            verdict = await writer.finish(lambda _: Sealed("completed", b"{}", text.encode(), b"{}"))
+        assert isinstance(verdict, Ended)
+        assert proxy.accepted == 1, "and its connection is left alone"
+        assert await texts(redis, writer) == [text]
+
+
+async def test_a_silent_connection_is_given_up_also_behind_a_large_output(
+    redis: Redis, valkey: Valkey, producer: Producer
+) -> None:
+    async with tcp_proxy(valkey.port) as proxy, publishing(proxy.url, beat_s=0.1) as publisher:
+        writer = await begun(publisher, producer, "j")
+        say(writer, "x" * 3_000_000)
+        await wait_until(lambda: publisher._taken_bytes > 3_000_000, "that is taken and counts no more")
+        for size in (1, 500_000):
+            accepted = proxy.accepted
+            proxy.pause()
+            say(writer, "x" * size)
+            await wait_until(lambda count=accepted: proxy.accepted > count, "another is opened", timeout_s=3)  # type: ignore[misc]
+            proxy.cut()
+            proxy.resume()
+            await wait_until(partial(is_all_sent, redis, writer), "and all is written on it")
+
+
+async def is_all_sent(redis: Redis, writer: StreamWriter) -> bool:
+    return len(await texts(redis, writer)) == len(writer.log)
 
 
 async def test_an_end_whose_state_is_gone_is_believed(redis: Redis, redis_url: str, producer: Producer) -> None:

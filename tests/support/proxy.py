@@ -45,6 +45,8 @@ class TcpProxy:
         """New connections are closed at once, as by a server that is going down."""
         self.delay_s = 0.0
         """Every piece, either way, is passed on this much later."""
+        self.bytes_per_s: float | None = None
+        """How fast what clients send is passed on, as by a slow link; None is at once."""
 
     @property
     def url(self) -> str:
@@ -137,6 +139,8 @@ class TcpProxy:
             while data := await reader.read(_READ_BYTES):
                 if self.delay_s:
                     await simulated_delay(self.delay_s)
+                if self.bytes_per_s is not None and not replies:
+                    await simulated_delay(len(data) / self.bytes_per_s)
                 await self._flowing.wait()
                 passed = self._within_limit(data) if replies else data
                 writer.write(passed)
@@ -147,7 +151,7 @@ class TcpProxy:
             # Half closed: the other direction may still have something to say.
             if not writer.transport.is_closing():
                 writer.write_eof()
-        except (ConnectionError, RuntimeError):  # the latter is uvloop's for a transport that is closed
+        except (OSError, RuntimeError):  # the latter is uvloop's for a transport that is closed
             link.cut()
 
     def _within_limit(self, reply: bytes) -> bytes:

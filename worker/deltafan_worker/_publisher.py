@@ -32,6 +32,8 @@ from deltafan_worker._writer import StreamWriter
 log = logging.getLogger("deltafan.publisher")
 
 _RETRY_PAUSE_S = 0.2
+_SLOWEST_LINK_BYTES_PER_S = 500_000
+"""A heartbeat behind a large output is answered when that has arrived."""
 
 
 class Publisher:
@@ -49,6 +51,7 @@ class Publisher:
         self._writers: set[StreamWriter] = set()
         self._waiting: set[StreamWriter] = set()
         self._unanswered = 0
+        self._taken_bytes = 0
         self._tasks: asyncio.TaskGroup
 
     def add(self, writer: StreamWriter) -> None:
@@ -134,7 +137,7 @@ class Publisher:
 
     async def _serve(self, connection: RespConnection) -> None:
         """Use a new connection until it is lost."""
-        self._connection, self._unanswered = connection, 0
+        self._connection, self._unanswered, self._taken_bytes = connection, 0, 0
         self._connected.set()
         for writer in tuple(self._writers):
             self.heal_soon(writer)
@@ -154,24 +157,36 @@ class Publisher:
                 await asyncio.sleep(_RETRY_PAUSE_S)
 
     async def _beat_until_lost(self, connection: RespConnection) -> None:
-        """Renew the streams' lifetimes and look for cancels; a connection that leaves a beat unanswered is lost."""
+        """Renew the streams' lifetimes and look for cancels.
+
+        A connection on which nothing is heard for a beat is lost; for longer, where much is under way on it.
+        """
+        clock, silent_beats = asyncio.get_running_loop().time, 0
         while True:
-            answered = asyncio.Event()
-            self._beat(connection, answered)
+            asked_s = clock()
+            self._beat(connection)
             await asyncio.wait([connection.lost], timeout=self._beat_s)
-            if connection.is_lost or not answered.is_set():
+            silent_beats = 0 if connection.heard >= asked_s else silent_beats + 1
+            under_way_bytes = connection.sent_bytes - self._taken_bytes
+            if connection.is_lost or silent_beats * self._beat_s > under_way_bytes / _SLOWEST_LINK_BYTES_PER_S:
                 return
 
-    def _beat(self, connection: RespConnection, answered: asyncio.Event) -> None:
-        commands, handlers = [pack("PING")], [lambda _reply: answered.set()]
+    def _beat(self, connection: RespConnection) -> None:
+        commands, handlers = [pack("PING")], [self._taking(connection.sent_bytes)]
         for writer in self._writers:
-            commands += (
-                pack("HMGET", writer.state_key, "run", "cancel"),
-                pack("PEXPIRE", writer.state_key, writer.live_ms),
-                pack("PEXPIRE", writer.events_key, writer.live_ms),
-            )
-            handlers += (self._checking(writer), ignore, ignore)
+            commands.append(pack("HMGET", writer.state_key, "run", "cancel"))
+            handlers.append(self._checking(writer))
+            if writer.is_to_be_renewed:
+                commands += [pack("PEXPIRE", key, writer.live_ms) for key in (writer.state_key, writer.events_key)]
+                handlers += (ignore, ignore)
         connection.send(b"".join(commands), handlers)
+
+    def _taking(self, sent_bytes: int) -> Handler:
+        def take(reply: Reply) -> None:
+            if not isinstance(reply, Exception):
+                self._taken_bytes = sent_bytes
+
+        return take
 
     def _checking(self, writer: StreamWriter) -> Handler:
         run = writer.run

@@ -123,7 +123,14 @@ class StreamWriter:
         self._doubtful = False
         self._closed = False
         self._replays = 0
+        self._asking = 0
+        self._has_ended = False
         self._healing = asyncio.Lock()
+
+    @property
+    def is_to_be_renewed(self) -> bool:
+        """Whether the heartbeat sets its keys' lifetimes: it would undo those that an end has set, or is about to."""
+        return self._asking == 0 and not self._has_ended
 
     async def begin(
         self, call: Call, limits: RunLimits, *, previous_note: bytes = b"", broken: Broken | None = None
@@ -301,10 +308,15 @@ class StreamWriter:
 
     async def _ask(self, script: Script, args: tuple[Argument, ...]) -> Reply:
         """Run a script of the job. An answer that the job has ended is believed once the replicas have it."""
-        while True:
-            reply = await self._publisher.run(script, self._keys, args)
-            if not _says_ended(reply) or await self._publisher.is_durable(self._keys):
-                return reply
+        self._asking += 1
+        try:
+            while True:
+                reply = await self._publisher.run(script, self._keys, args)
+                self._has_ended = _says_ended(reply)
+                if not self._has_ended or await self._publisher.is_durable(self._keys):
+                    return reply
+        finally:
+            self._asking -= 1
 
 
 def _says_ended(reply: Reply) -> bool:
