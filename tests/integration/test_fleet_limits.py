@@ -285,10 +285,9 @@ async def test_a_job_that_waits_can_be_cancelled_and_heeds_its_deadline(
     await let_time_pass_until_ended(redis, 5)
 
 
-async def test_an_abort_that_arrives_while_a_job_is_parked_ends_it(
+async def test_an_abort_that_arrives_while_a_job_asks_for_room_ends_it(
     producer: Producer, consumer: Consumer, worker: LeasedWorker, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The heartbeat takes the request out of arq's list; from then on we alone know of it."""
     await whole_answers(consumer, await submit(producer, 3, "narrow/m"))
     ask, asked = FleetLimits.ask, asyncio.Event()
 

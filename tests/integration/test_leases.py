@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import time
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -19,10 +20,11 @@ from deltafan_worker._claim import Claim
 from deltafan_worker._interrupt import Reason
 from deltafan_worker._leased import LeasedWorker
 from deltafan_worker._queue_pool import run_script
+from deltafan_worker._writer import StreamWriter
 from support.proxy import TcpProxy, tcp_proxy
 from support.valkey import Valkey
 from support.waiting import wait_until
-from support.workers import running_worker, settings_env
+from support.workers import running_worker, settings_env, worker_process
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -302,3 +304,46 @@ async def test_an_abort_whose_notice_was_lost_is_noticed_again(
         await consumer.result(job.id, timeout=10)
     await wait_until(lambda: not worker.tasks, "the queue is told")
     assert await redis.zcard("arq:abort") == 0
+
+
+async def test_the_abort_of_a_waiting_job_outlives_the_worker_that_has_claimed_it(
+    producer: Producer, consumer: Consumer, redis: Redis, redis_url: str, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    env = settings_env(redis_url, upstream.url, tmp_path, lease_s=2)
+    job = await producer.submit(model="sim", messages=HI)
+    await redis.zadd("arq:abort", {job.id: 1})
+    with worker_process(env, dies="before:begin") as process:
+        assert await asyncio.to_thread(process.wait, 20) == -signal.SIGKILL
+    async with running_worker(env):
+        with pytest.raises(JobCancelled, match="aborted"):
+            await consumer.result(job.id, timeout=10)
+        await wait_until(partial(redis.exists, f"arq:result:{job.id}"), "the queue is told")
+    assert not upstream.requests
+    assert await redis.zcard("arq:abort") == 0
+
+
+async def test_a_job_that_is_aborted_while_it_steps_back_does_not_wait_for_room(
+    producer: Producer,
+    consumer: Consumer,
+    redis: Redis,
+    worker: LeasedWorker,
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rest = StreamWriter.rest
+
+    async def aborted_meanwhile(writer: StreamWriter) -> Any:
+        await redis.zadd("arq:abort", {writer.job_id: 1})
+        await wait_until(lambda: worker.aborting_tasks, "the heartbeat has seen the abort")
+        return await rest(writer)
+
+    monkeypatch.setattr(StreamWriter, "rest", aborted_meanwhile)
+    gate = asyncio.Event()
+    upstream.then([script.delta(content="It has all the room."), gate, *script.ending()])
+    await producer.submit(model="one", messages=HI)
+    await wait_until(lambda: upstream.requests, "it runs")
+    await redis.set("arq:retry:late", 1, px=60_000)  # a worker that died has claimed it before
+    await producer.submit(model="one", messages=HI, job_id="late")
+    with pytest.raises(JobCancelled):
+        await consumer.result("late", timeout=10)
+    gate.set()

@@ -38,7 +38,7 @@ class Interrupt:
     def __init__(self) -> None:
         self.reason: Reason | None = None
         self.was_aborted = False
-        """Whether arq's abort was asked for, at any time: nobody else remembers it."""
+        """Whether arq's abort was asked for, at any time."""
         self.detail = ""
         """In the words of whoever asked, where somebody did."""
         self._timeout: asyncio.Timeout | None = None

@@ -77,7 +77,10 @@ class WorkerOptions:
 
 
 class LeasedWorker(Worker):
-    """Runs arq jobs under leases. A job's function finds its Claim in `ctx["claims"][ctx["job_id"]]`."""
+    """Runs arq jobs under leases.
+
+    A job's function finds its Claim in `ctx["claims"][ctx["job_id"]]`, whose `pending` may tell it to stop.
+    """
 
     def __init__(
         self,
@@ -98,7 +101,8 @@ class LeasedWorker(Worker):
             # The lease bounds a run and `begin` counts the runs: arq's own limits stay out of the way.
             job_timeout=_FOREVER_S,
             max_tries=_ENDLESS_TRIES,
-            allow_abort_jobs=True,
+            # arq would forget an abort before anything is done about it. Claims and heartbeats report it.
+            allow_abort_jobs=False,
             handle_signals=False,
             job_serializer=serialize,
             job_deserializer=deserialize,
@@ -168,7 +172,7 @@ class LeasedWorker(Worker):
         passes = [number for pass_ in self._passes for number in pass_]
         due_in_ms, flat, left, second, limited = await run_script(self.pool, _CLAIM, self._queues, (*args, *passes))
         self._due_in_s = POLL_S if due_in_ms < 0 else min(POLL_S, due_in_ms / 1000)
-        for job_id, index, score, number, counted in zip(*(iter(flat),) * 5, strict=True):
+        for job_id, index, score, number, aborted, counted in zip(*(iter(flat),) * 6, strict=True):
             self._launch(
                 Claim(
                     job_id=job_id.decode(),
@@ -179,10 +183,11 @@ class LeasedWorker(Worker):
                     score=score.decode(),
                     grant=_grant(counted.decode(), second),
                     limited=bool(limited),
+                    pending=Reason.ABORTED if aborted else None,
                 )
             )
         self._slots.note(self._running(), left)
-        return len(flat) // 5
+        return len(flat) // 6
 
     def _running(self) -> Counter[int]:
         return Counter(claim.queue_index for claim in self.claims.values())
@@ -201,6 +206,8 @@ class LeasedWorker(Worker):
         if leaving is not None:
             await asyncio.wait([leaving])
         self._runs[claim.job_id] = claim  # until then the last run's claim was
+        if claim.pending is Reason.ABORTED:
+            self.aborting_tasks.add(claim.job_id)
         try:
             await self.run_job(claim.job_id, int(float(claim.score)))
         except (RedisError, OSError) as error:

@@ -13,7 +13,6 @@ import orjson
 
 from deltafan._errors import DeltafanError, InvalidRequest
 from deltafan._events import COMPLETED, FAILED
-from deltafan._lua import load
 from deltafan._position import Position
 from deltafan._request import JobRequest, check_job_id, parse_request
 from deltafan._retention import Retention
@@ -110,8 +109,10 @@ class JobRunner:
         try:
             await self._attempts(job, writer, claim)
         except MustWait as wait:
-            claim.leave, claim.lot, claim.status = Leave.PARK, wait.lot, "queued"
-            claim.due_ms = job.request.deadline_ms if job.request else None
+            claim.status = "queued"
+            if not interrupt.was_aborted:  # else whoever claims it next ends it, and need not wait for room
+                claim.leave, claim.lot = Leave.PARK, wait.lot
+                claim.due_ms = job.request.deadline_ms if job.request else None
         except Exception:
             if writer.run:  # counted: it is run again, and not for ever
                 raise
@@ -121,18 +122,13 @@ class JobRunner:
             writer.close()
             if job.admission is not None:
                 job.admission.give_back()
-        if interrupt.was_aborted and claim.leave is not Leave.FINISH:
-            await self._record_cancel(writer)  # the queue has forgotten it, and whoever runs the job next must know
         if interrupt.reason is Reason.ABORTED and claim.status == "cancelled":
             raise asyncio.CancelledError
         return {"job_id": job.id, "status": claim.status}
 
     async def end_unrun(self, claim: Claim, outcome: Any) -> None:
-        """Write the terminal entry of a job that arq ends without calling us: expired, or aborted while it waited."""
-        if isinstance(outcome, asyncio.CancelledError):
-            ending = Ending.cancelled("aborted")
-        else:
-            ending = Ending.failed("not_run", f"the queue gave the job up: {outcome}")
+        """Write the terminal entry of a job that arq ends without calling us: its record is gone or unreadable."""
+        ending = Ending.failed("not_run", f"the queue gave the job up: {outcome}")
         writer = StreamWriter(self._publisher, claim.job_id, claim.number, self._retention, Interrupt())
         try:
             await self._attempts(_Job(id=claim.job_id, refusal=ending), writer, claim)
@@ -256,11 +252,7 @@ class JobRunner:
         else:
             call = self._calls.answer(plan.routes, plan.body, writer, meter, job.admission)
         ending = await writer.interrupt.run(call, within_s=left_s)
-        if ending is not None:
-            return ending
-        if writer.interrupt.reason is Reason.ABORTED:
-            await self._record_cancel(writer)
-        return _ending_of(writer.interrupt)
+        return ending or _ending_of(writer.interrupt)
 
     def _may_run_again(self, job: _Job, writer: StreamWriter, ending: Ending, plan: Plan) -> bool:
         """Whether an answer that broke after its first delta is generated again, or gone on with."""
@@ -268,11 +260,6 @@ class JobRunner:
         allowed = job.request is not None and job.request.on_interrupt != "fail" and writer.interrupt.reason is None
         has_begun = len(writer.log) > 0 or plan.response is not None
         return broken and allowed and has_begun and writer.attempt_no < self._max_attempts
-
-    async def _record_cancel(self, writer: StreamWriter) -> None:
-        """Make arq's abort a cancel of ours, so that it holds whatever happens next."""
-        args = ("aborted", self._retention.live_ms, *self._retention.ended_ms)
-        await self._publisher.run(load("cancel"), self._publisher.keys.job(writer.job_id), args)
 
     async def _let_go(self, writer: StreamWriter, meter: CallMeter | None, claim: Claim) -> None:
         """Leave a running job to the next worker, with its bill so far."""

@@ -2,8 +2,8 @@
 -- KEYS  queues      ARGV  3 process, 4 lease_ms, 5 want, 6 fresh_only (1: leave jobs that were claimed before to their
 -- workers for a moment, which may just have been unable to renew their leases), 7 index of the queue whose jobs are
 -- urgent (0 none), 8.. (queue index, how many of it in all so far) for each pass, in order
--- Returns {ms until the next job may be due or -1, {id, queue index, score, claim number, group whose limits count it,
--- tokens, grant, or '', …}, {for each queue 1 when due jobs are left}, second, 1 when some provider has asked for less}
+-- Returns {ms until the next job may be due or -1, {id, queue index, score, claim number, 1 when its abort was requested,
+-- group whose limits count it, tokens, grant, or '', …}, {for each queue 1 when due jobs are left}, second, 1 when some provider has asked for less}
 -- The in-progress key is the lock; the score is a hint that takes a running job off the head of the queue and
 -- makes it due again by itself when its lease ends.  Times are scores of the jobs that were due before: their leases
 -- ended, or they were given back.  They go first.  What is smaller than any time is a place in a fair queue.
@@ -25,7 +25,8 @@ local function lock(index, id, score, group)
     redis.call('EXPIRE', 'arq:retry:' .. id, 88400)
     redis.call('SET', in_progress, ARGV[3] .. ':' .. number, 'PX', lease_ms)
     redis.call('ZADD', KEYS[index], 'XX', digits(NOW + lease_ms), id)
-    for _, value in ipairs({ id, index, score, number, group }) do taken[#taken + 1] = value end
+    local aborted = redis.call('ZSCORE', 'arq:abort', id) and 1 or 0
+    for _, value in ipairs({ id, index, score, number, aborted, group }) do taken[#taken + 1] = value end
     counts[index], total = counts[index] + 1, total + 1
     return true
   end
