@@ -55,13 +55,14 @@ class Trap:
 
 def watch(reached: Callable[[str], None]) -> None:
     """Have `reached` called at each stage. What runs scripts is replaced: the worker itself knows nothing of it."""
-    from deltafan_worker import _leased  # noqa: PLC0415  behind whatever else is patched before the worker is imported
+    from deltafan_worker import _leased, _leaving  # noqa: PLC0415  behind whatever else is patched before the worker is imported
     from deltafan_worker._publisher import Publisher  # noqa: PLC0415
     from deltafan_worker._queue_pool import run_script  # noqa: PLC0415
     from deltafan_worker._writer import StreamWriter  # noqa: PLC0415
 
     Publisher.run = _watched(Publisher.run, reached)  # type: ignore[method-assign]
-    vars(_leased)["run_script"] = _watched(run_script, reached)
+    for module in (_leased, _leaving):
+        vars(module)["run_script"] = _watched(run_script, reached)
     on_append = StreamWriter.on_append
 
     def on_append_watched(self: StreamWriter, reply: Any) -> None:
