@@ -3,7 +3,13 @@
 import orjson
 import pytest
 
-from deltafan_worker._upstream_error import UpstreamError, from_error_text, from_payload, from_response
+from deltafan_worker._upstream_error import (
+    MAX_MESSAGE_CHARS,
+    UpstreamError,
+    from_error_text,
+    from_payload,
+    from_response,
+)
 
 
 def refused(status: int, code: str | None = None, message: str = "", **headers: str) -> UpstreamError:
@@ -43,10 +49,112 @@ def refused(status: int, code: str | None = None, message: str = "", **headers: 
         (from_payload({"code": "Throttling.BurstRate", "message": "m"}), True, False),
         (from_payload({"error": "a bare word"}), True, False),
         (from_payload({"error": {"code": 400, "message": "Token limit"}}), False, True),
+        # Generic names beside a status that tells more: DeepSeek's empty account, OpenAI's wrong key.
+        (refused(402, "invalid_request_error", "Insufficient Balance"), False, False),
+        (refused(401, "invalid_request_error"), False, False),
+        (refused(403, "invalid_request_error"), False, False),
+        (refused(404, "invalid_request_error"), False, False),
+        (refused(429, "invalid_request_error"), True, False),
+        (refused(500, "invalid_parameter_error"), True, False),
+        (refused(403, "content_policy_violation"), False, True),
+        (refused(400, "insufficient_quota", "check your billing"), False, False),
     ],
 )
 def test_what_may_be_tried_again_and_where(error: UpstreamError, retryable: bool, everywhere: bool) -> None:
     assert (error.retryable, error.is_refused_everywhere) == (retryable, everywhere)
+
+
+PASSES, PERMANENT, CONTENT, REQUEST = (True, False), (False, False), (False, True), (False, True)
+DASHSCOPE = [
+    (400, "InvalidParameter", REQUEST),
+    (400, "invalid_parameter_error", REQUEST),
+    (400, "BadRequest.TooLarge", REQUEST),
+    (400, "InternalError.Algo.InvalidParameter", REQUEST),
+    (400, "DataInspectionFailed", CONTENT),
+    (400, "data_inspection_failed", CONTENT),
+    (400, "FaqRuleBlocked", CONTENT),
+    (400, "CustomRoleBlocked", CONTENT),
+    (400, "IPInfringementSuspect", CONTENT),
+    (400, "Arrearage", PERMANENT),
+    (401, "InvalidApiKey", PERMANENT),
+    (401, "invalid_api_key", PERMANENT),
+    (403, "AccessDenied", PERMANENT),
+    (403, "access_denied", PERMANENT),
+    (403, "AccessDenied.Unpurchased", PERMANENT),
+    (403, "Model.AccessDenied", PERMANENT),
+    (403, "AllocationQuota.FreeTierOnly", PERMANENT),
+    (404, "ModelNotFound", PERMANENT),
+    (404, "model_not_found", PERMANENT),
+    (429, "Throttling", PASSES),
+    (429, "Throttling.RateQuota", PASSES),
+    (429, "LimitRequests", PASSES),
+    (429, "limit_requests", PASSES),
+    (429, "Throttling.BurstRate", PASSES),
+    (429, "limit_burst_rate", PASSES),
+    (429, "Throttling.Concurrency", PASSES),
+    (429, "Throttling.ResourceExhausted", PASSES),
+    (429, "Throttling.AllocationQuota", PASSES),
+    (429, "insufficient_quota", PASSES),
+    (429, "CommodityNotPurchased", PERMANENT),
+    (429, "PrepaidBillOverdue", PERMANENT),
+    (429, "PostpaidBillOverdue", PERMANENT),
+    (500, "InternalError", PASSES),
+    (500, "internal_error", PASSES),
+    (500, "InternalError.Algo", PASSES),
+    (500, "SystemError", PASSES),
+    (500, "ModelServiceFailed", PASSES),
+    (500, "RequestTimeOut", PASSES),
+    (504, "RequestTimeOut", PASSES),
+    (503, "ModelUnavailable", PASSES),
+    (503, "ServiceUnavailable", PASSES),
+]
+"""The codes of DashScope's documentation, November 2026."""
+RESPONSES = [
+    ("server_error", PASSES),
+    ("rate_limit_exceeded", PASSES),
+    ("vector_store_timeout", PASSES),
+    ("invalid_prompt", CONTENT),
+    ("bio_policy", CONTENT),
+    ("misalignment_policy_violation", CONTENT),
+    ("invalid_image", REQUEST),
+    ("invalid_image_format", REQUEST),
+    ("data_residency_mismatch", PERMANENT),
+]
+"""What `response.error.code` may be."""
+
+
+@pytest.mark.parametrize(("status", "code", "verdict"), DASHSCOPE)
+def test_a_code_means_the_same_in_every_form(status: int, code: str, verdict: tuple[bool, bool]) -> None:
+    flat = {"code": code, "message": "m"}
+    for error in (
+        refused(status, code),
+        from_response(status, {}, orjson.dumps(flat)),
+        from_payload(flat, status=status),
+        from_payload(flat),
+        from_payload({"error": flat}),
+    ):
+        assert (error.retryable, error.is_refused_everywhere) == verdict
+
+
+@pytest.mark.parametrize(("code", "verdict"), RESPONSES)
+def test_a_failed_response_tells_by_its_code_alone(code: str, verdict: tuple[bool, bool]) -> None:
+    error = from_payload({"error": {"code": code, "message": "m"}})
+    assert (error.retryable, error.is_refused_everywhere) == verdict
+
+
+def test_a_stream_tells_how_long_to_wait_as_well() -> None:
+    headers = {"X-RateLimit-Remaining-Requests": 0, "x-ratelimit-reset-requests": "59.5"}
+    error = from_payload({"error": {"code": "rate_limit_exceeded", "message": "m", "headers": headers}})
+    assert error.retry_after_s == 59.5
+    date = {"retry-after": "Sun, 09 Sep 2001 01:46:45 GMT"}
+    assert from_payload({"error": {"code": "x", "headers": date}}).retry_after_s is None, "there is no clock here"
+
+
+def test_what_is_hidden_is_nowhere() -> None:
+    error = refused(401, "no sk-planted-key", "x" * (MAX_MESSAGE_CHARS - 5) + "sk-planted-key")
+    error.hide(["sk-planted-key"])
+    shown = f"{error.code} {error.message} {error!r} {error} {error.args}"
+    assert "sk-p" not in shown
 
 
 @pytest.mark.parametrize(
@@ -60,6 +168,7 @@ def test_what_may_be_tried_again_and_where(error: UpstreamError, retryable: bool
         ({"x_ratelimit_remaining_requests": "0", "x_ratelimit_reset_requests": "1m30s"}, 90),
         ({"x_ratelimit_remaining_tokens": "0", "x_ratelimit_reset_tokens": "12ms"}, 0.012),
         ({"x_ratelimit_remaining_tokens": "0", "x_ratelimit_reset_tokens": "6m0s"}, 360),
+        ({"x_ratelimit_remaining_tokens": "0", "x_ratelimit_reset_tokens": "59.5"}, 59.5),
         ({"x_ratelimit_remaining_tokens": "5", "x_ratelimit_reset_tokens": "12ms"}, None),
         ({"x_ratelimit_remaining_requests": "-1", "x_ratelimit_reset_requests": "0"}, None),
         ({}, None),

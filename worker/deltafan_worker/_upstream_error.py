@@ -1,77 +1,40 @@
 """Errors of a model provider: every form they come in, and whether trying again may help."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 import orjson
 
+from deltafan_worker._plain import whole_characters
+
+MAX_CODE_CHARS = 128
 MAX_MESSAGE_CHARS = 1000
+HIDDEN = "***"
 
 _RETRYABLE_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-_PERMANENT_CODES = frozenset(
-    {
-        "arrearage",
-        "commoditynotpurchased",
-        "prepaidbilloverdue",
-        "postpaidbilloverdue",
-        "data_inspection_failed",
-        "datainspectionfailed",
-        "invalid_api_key",
-        "invalidapikey",
-        "invalid_prompt",
-        "invalid_request_error",
-        "invalid_parameter_error",
-        "invalidparameter",
-        "model_not_found",
-        "modelnotfound",
-        "access_denied",
-        "content_filter",
-    }
+# All of them are looked for in a code in lower case, without underscores and blanks: each has two or three spellings.
+_CONTENT = re.compile(r"datainspection|contentfilter|invalidprompt|policy|blocked|infringement")
+"""What the request says is not wanted; it is not taken elsewhere."""
+_ACCOUNT = re.compile(
+    r"arrearage|overdue|purchased|invalidapikey|accessdenied|notfound|freetieronly|residency|insufficientquota"
+    r"|allocationquota"
 )
-_RETRYABLE_CODES = frozenset(
-    {
-        "rate_limit_exceeded",
-        "server_error",
-        "internal_error",
-        "internalerror",
-        "limit_requests",
-        "limit_burst_rate",
-        "overloaded_error",
-        "requesttimeout",
-        "serviceunavailable",
-        "modelunavailable",
-        "modelservicefailed",
-        "systemerror",
-    }
+"""What this account may not, or has not."""
+_REQUEST = re.compile(r"(^|\.)(invalid|badrequest)")
+"""The request is wrong. Servers write it also where the account is at fault, or they are: then the status tells."""
+_PASSING = re.compile(
+    r"throttl|^limit|ratelimit|servererror|internalerror|systemerror|overloaded|timeout|unavailable|servicefailed"
 )
+_ACCOUNT_STATUS = frozenset({401, 402, 403, 404, 429})
+_REQUEST_STATUS = frozenset({400, 413, 422})
 # `insufficient_quota` is the end of the money at OpenAI and a limit per minute at DashScope; only the words tell.
 _EXHAUSTED = re.compile(
     r"exhausted|exceeded your current quota|month|billing|plan and billing|free tier|token-plan", re.IGNORECASE
 )
-# What a request gets anywhere: no other provider would take it either. All other refusals are one account's own.
-_REFUSED_EVERYWHERE = frozenset(
-    {
-        "data_inspection_failed",
-        "datainspectionfailed",
-        "invalid_prompt",
-        "invalid_request_error",
-        "invalid_parameter_error",
-        "invalidparameter",
-        "content_filter",
-    }
-)
-# Of the account, not of the request; insufficient_quota only where its message made it permanent.
-_ACCOUNT_CODES = frozenset(
-    {
-        "arrearage",
-        "prepaidbilloverdue",
-        "postpaidbilloverdue",
-        "insufficient_quota",
-        "throttling.allocationquota",
-    }
-)
+_MONEY = re.compile(r"arrearage|billoverdue|^insufficientquota|^throttling\.allocationquota")
+"""The quotas only where their message made them permanent."""
 _CONNECTION_CODES = frozenset(
     {"truncated", "connection_lost", "connect_failed", "connect_timeout", "silence_timeout", "first_delta_timeout"}
     | {f"http_{status}" for status in (500, 502, 503, 504, 429)}
@@ -94,15 +57,31 @@ class UpstreamError(Exception):
         request_id: str | None = None,
         at_once: bool = False,
     ) -> None:
-        self.code = code
-        self.message = message[:MAX_MESSAGE_CHARS]
+        self._code = whole_characters(code)
+        self._message = whole_characters(message)
         self.retryable = retryable
         self.status = status
         self.retry_after_s = retry_after_s
-        self.request_id = request_id
+        self.request_id = whole_characters(request_id) if request_id else None
         self.at_once = at_once
         """Whether the first retry need not wait: nothing says that the provider has too much to do."""
-        super().__init__(self.message)
+        super().__init__()
+
+    @property
+    def code(self) -> str:
+        """What went wrong, in one word."""
+        return self._code[:MAX_CODE_CHARS]
+
+    @property
+    def message(self) -> str:
+        """What went wrong, in the provider's words or ours."""
+        return self._message[:MAX_MESSAGE_CHARS]
+
+    def hide(self, secrets: Iterable[str]) -> None:
+        """Take these out of the provider's words, as some quote the key and the prompt."""
+        for secret in secrets:
+            self._code = self._code.replace(secret, HIDDEN)
+            self._message = self._message.replace(secret, HIDDEN)
 
     @property
     def is_rate_limit(self) -> bool:
@@ -113,16 +92,17 @@ class UpstreamError(Exception):
     @property
     def is_exhausted(self) -> bool:
         """Whether the account has no money or quota left, so that no request of it helps."""
-        return not self.retryable and (self.status == 402 or self.code.lower() in _ACCOUNT_CODES)
+        return not self.retryable and (self.status == 402 or _MONEY.search(_name(self.code)) is not None)
 
     @property
     def is_refused_everywhere(self) -> bool:
         """Whether the request itself is at fault, so that no other provider need be asked."""
-        if self.retryable:
+        name = _name(self.code)
+        if self.retryable or _ACCOUNT.search(name):
             return False
-        return self.code.lower() in _REFUSED_EVERYWHERE or (
-            self.status in (400, 413, 422) and self.code.lower() not in _PERMANENT_CODES
-        )
+        if _CONTENT.search(name) or self.status in _REQUEST_STATUS:
+            return True
+        return self.status not in _ACCOUNT_STATUS and _REQUEST.search(name) is not None
 
     @property
     def may_be_found_again(self) -> bool:
@@ -144,7 +124,7 @@ class UpstreamError(Exception):
 
 def from_response(status: int, headers: Mapping[str, str], body: bytes, *, now_s: float = 0.0) -> UpstreamError:
     """The error of a response that is not a 200. `now_s` (unix time) is what a Retry-After date counts from."""
-    lowered = {name.lower(): value for name, value in headers.items()}
+    lowered = _lowered(headers)
     payload = _payload_of(body)
     code, message, request_id = _read(payload)
     return UpstreamError(
@@ -161,17 +141,17 @@ def from_payload(payload: Mapping[str, Any], *, status: int | None = None) -> Up
     """The error of a frame inside a 200."""
     code, message, request_id = _read(payload)
     error = payload.get("error")
-    numbers = [
-        status,
-        error.get("status_code") if isinstance(error, dict) else None,
-        error.get("code") if isinstance(error, dict) else None,
-    ]
+    fields = error if isinstance(error, dict) else {}
+    numbers = [status, fields.get("status_code"), fields.get("code")]
     known = next((number for number in numbers if isinstance(number, int) and 400 <= number < 600), None)
+    given = fields.get("headers")
+    headers = _lowered(given) if isinstance(given, dict) else {}
     return UpstreamError(
         code=code or "stream_error",
         message=message or "the provider reported an error in mid-stream",
-        retryable=_is_retryable(code, message, known, None),
+        retryable=_is_retryable(code, message, known, headers.get("x-should-retry")),
         status=known,
+        retry_after_s=_retry_after_s(headers, None),
         request_id=request_id,
     )
 
@@ -189,6 +169,10 @@ def too_long(max_bytes: int) -> UpstreamError:
         "raise max_output_bytes of the job or of the worker, or bound the answer in the body"
     )
     return UpstreamError(code="output_too_long", message=message, retryable=False)
+
+
+def _lowered(headers: Mapping[str, Any]) -> dict[str, str]:
+    return {name.lower(): str(value) for name, value in headers.items()}
 
 
 def _payload_of(body: bytes) -> Mapping[str, Any]:
@@ -217,18 +201,24 @@ def _read(payload: Mapping[str, Any]) -> tuple[str | None, str, str | None]:
 
 
 def _word(value: Any) -> str | None:
-    return value[:128] if isinstance(value, str) and value and value != "error" else None
+    return value if isinstance(value, str) and value and value != "error" else None
+
+
+def _name(code: str) -> str:
+    return code.lower().replace("_", "").replace(" ", "")
 
 
 def _is_retryable(code: str | None, message: str, status: int | None, should_retry: str | None) -> bool:
     if should_retry in ("true", "false"):
         return should_retry == "true"
-    name = (code or "").lower()
-    if name in ("insufficient_quota", "throttling.allocationquota"):
+    name = _name(code or "")
+    if name.startswith(("insufficientquota", "throttling.allocationquota")):
         return _EXHAUSTED.search(message) is None
-    if name in _PERMANENT_CODES:
+    if _CONTENT.search(name) or _ACCOUNT.search(name):
         return False
-    if name in _RETRYABLE_CODES or name.startswith(("throttling", "internalerror")):
+    if _REQUEST.search(name):
+        return status is not None and (status == 429 or status >= 500)
+    if _PASSING.search(name):
         return True
     if status is not None:
         return status in _RETRYABLE_STATUS or status >= 500
@@ -236,13 +226,13 @@ def _is_retryable(code: str | None, message: str, status: int | None, should_ret
     return True
 
 
-def _retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
+def _retry_after_s(headers: Mapping[str, str], now_s: float | None) -> float | None:
     if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
         return milliseconds / 1000
     value = headers.get("retry-after")
     if value is None:
         return _limit_reset_s(headers)
-    if (seconds := _number(value)) is not None:
+    if (seconds := _number(value)) is not None or now_s is None:
         return seconds
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - now_s)
@@ -261,7 +251,9 @@ def _limit_reset_s(headers: Mapping[str, str]) -> float | None:
 
 
 def _duration_s(text: str | None) -> float | None:
-    """A duration as Go writes it: 12ms, 1m30.5s."""
+    """A duration as Go writes it, 12ms or 1m30.5s; or bare seconds."""
+    if (bare := _number(text)) is not None:
+        return bare
     match = _DURATION.fullmatch(text.strip()) if text and text.strip() else None
     if match is None:
         return None
