@@ -3,6 +3,8 @@
 import asyncio
 import gzip
 import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from deltafan.testing import (
     Audio,
     Cut,
     Fault,
+    Gap,
     Raw,
     Reasoning,
     Refusal,
@@ -27,6 +30,7 @@ from deltafan.testing import (
     ToolCall,
     chat,
     responses,
+    simulated_delay,
 )
 from deltafan_worker._leased import LeasedWorker
 from support.waiting import wait_until
@@ -34,6 +38,7 @@ from support.workers import running_worker, settings_env
 
 HI = [{"role": "user", "content": "Hi"}]
 APIS = ("chat", "responses", "dashscope")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ANSWERS = {
     "text": Answer([Text("Hel"), Text("lo"), Text("!")]),
     "thinking": Answer(
@@ -55,6 +60,21 @@ ANSWERS = {
 async def read(consumer: Consumer, job_id: str) -> list[Event]:
     async with consumer.tail(job_id) as events:
         return [event async for event in events]
+
+
+@asynccontextmanager
+async def serving(answer: Handler) -> AsyncIterator[str]:
+    """The base URL of a model server that answers so."""
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0][:2]
+        yield f"http://{host}:{port}/v1"
+    finally:
+        await runner.cleanup()
 
 
 def comparable(generation: Generation) -> Generation:
@@ -247,6 +267,45 @@ async def test_oddity_29_one_object_instead_of_a_stream(
     assert (result.content, result.finish_reason) == ("Hi", "stop")
 
 
+async def test_oddity_29_the_label_does_not_tell_an_object_from_a_stream(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
+) -> None:
+    whole = b'\r\n\n {"choices":[{"index":0,"message":{"content":"Hi"},"finish_reason":"stop"}]}'
+    stream = b"".join(map(chat.frame, chat.text("Hi")))
+    upstream.then(Refuse(200, whole, {"Content-Type": "text/plain"}))
+    upstream.then(Refuse(200, stream, {"Content-Type": "application/json"}))
+    for _ in range(2):
+        result = await consumer.result((await producer.submit(model="sim", messages=HI)).id, timeout=10)
+        assert (result.content, result.attempt_no) == ("Hi", 1)
+    assert len(upstream.requests) == 2
+
+
+async def test_oddity_10_a_line_of_a_mebibyte_over_http(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
+) -> None:
+    upstream.standing = chat.text("x" * (1 << 20))
+    result = await consumer.result((await producer.submit(model="sim", messages=HI)).id, timeout=10)
+    assert (len(result.content), result.attempt_no) == (1 << 20, 1)
+
+
+async def test_a_refusal_is_read_to_its_end(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    body = b'{"error": {"message": "temperature must be below 2", "code": "invalid_request_error"}}'
+
+    async def refuse(http: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(status=400)
+        await response.prepare(http)
+        for byte in body:
+            await response.write(bytes([byte]))
+            await simulated_delay(0)
+        return response
+
+    async with serving(refuse) as url, running_worker(settings_env(env["DELTAFAN_REDIS_URL"], url, tmp_path)):
+        with pytest.raises(JobFailed, match="temperature"):
+            await consumer.result((await producer.submit(model="sim", messages=HI)).id, timeout=10)
+
+
 async def test_oddity_12_a_compressed_stream(
     producer: Producer, consumer: Consumer, redis_url: str, tmp_path: Path
 ) -> None:
@@ -256,17 +315,8 @@ async def test_oddity_12_a_compressed_stream(
         headers = {"Content-Type": "text/event-stream;charset=UTF-8", "Content-Encoding": "gzip"}
         return web.Response(body=gzip.compress(stream), headers=headers)
 
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        host, port = runner.addresses[0][:2]
-        async with running_worker(settings_env(redis_url, f"http://{host}:{port}/v1", tmp_path)):
-            result = await consumer.result((await producer.submit(model="sim", messages=HI)).id, timeout=10)
-    finally:
-        await runner.cleanup()
+    async with serving(answer) as url, running_worker(settings_env(redis_url, url, tmp_path)):
+        result = await consumer.result((await producer.submit(model="sim", messages=HI)).id, timeout=10)
     assert result.content == "Hello, world!"
 
 
@@ -279,6 +329,75 @@ async def test_oddity_11_comments_do_not_keep_a_silent_answer_alive(
     job = await producer.submit(model="sim", messages=HI, timeouts=limits, on_interrupt="fail")
     with pytest.raises(JobFailed, match="silence_timeout"):
         await consumer.result(job.id, timeout=10)
+
+
+async def test_oddity_11_comments_are_not_taken_for_data_while_they_come(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
+) -> None:
+    comments: list[chat.Step] = [step for _ in range(25) for step in (Raw(b": ping\n\n"), Gap(0.1))]
+    upstream.standing = [chat.delta(content="Hi"), *comments, *chat.text("late")]
+    job = await producer.submit(model="sim", messages=HI, timeouts={"silence_s": 0.5}, on_interrupt="fail")
+    with pytest.raises(JobFailed, match="silence_timeout"):
+        await consumer.result(job.id, timeout=10)
+
+
+async def test_oddity_11_data_without_a_delta_keeps_an_answer_alive_that_has_begun(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
+) -> None:
+    thinking: list[chat.Step] = [step for _ in range(8) for step in (chat.delta(), Gap(0.1))]
+    upstream.standing = [chat.delta(content="Hi"), *thinking, *chat.ending()]
+    job = await producer.submit(model="sim", messages=HI, timeouts={"silence_s": 0.5}, on_interrupt="fail")
+    assert (await consumer.result(job.id, timeout=10)).content == "Hi"
+
+
+async def test_oddity_11_data_without_a_delta_does_not_stand_for_the_first_one(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    thinking: list[chat.Step] = [step for _ in range(25) for step in (chat.delta(), Gap(0.1))]
+    upstream.standing = [*thinking, *chat.text("late")]
+    async with running_worker({**env, "DELTAFAN_MAX_RETRIES": "0"}):
+        job = await producer.submit(model="sim", messages=HI, timeouts={"first_delta_s": 0.5})
+        with pytest.raises(JobFailed, match="first_delta_timeout"):
+            await consumer.result(job.id, timeout=10)
+
+
+FINISH = chat.chunk({"delta": {}, "finish_reason": "stop"})
+
+
+@pytest.mark.parametrize(
+    ("rest", "timeouts"),
+    [
+        ([Cut()], {}),
+        ([asyncio.Event()], {"total_s": 0.5}),
+        ([asyncio.Event()], {"silence_s": 0.5}),
+        ([Raw(b": still here\n\n"), asyncio.Event()], {}),
+    ],
+    ids=["cut", "total", "silence", "last words"],
+)
+async def test_an_answer_that_is_whole_stands_whatever_becomes_of_its_connection(
+    producer: Producer,
+    consumer: Consumer,
+    worker: LeasedWorker,
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+    rest: list[chat.Step],
+    timeouts: dict[str, float],
+) -> None:
+    monkeypatch.setattr("deltafan_worker._upstream.LAST_WORDS_S", 60.0 if timeouts else 0.5)
+    upstream.standing = [chat.delta(content="Hi"), FINISH, *rest]
+    job = await producer.submit(model="sim", messages=HI, timeouts=timeouts)
+    result = await consumer.result(job.id, timeout=10)
+    assert (result.content, result.finish_reason, result.attempt_no) == ("Hi", "stop", 1)
+    assert len(upstream.requests) == 1, "and is not paid for twice"
+
+
+async def test_usage_is_waited_for_behind_the_finish(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
+) -> None:
+    upstream.standing = [chat.delta(content="Hi"), FINISH, Gap(0.3), chat.chunk(None, usage=chat.USAGE), chat.DONE]
+    result = await consumer.result((await producer.submit(model="sim", messages=HI)).id, timeout=10)
+    assert result.usage is not None
+    assert result.usage.source == "provider"
 
 
 @pytest.mark.parametrize(("limit", "code"), [("first_delta_s", "first_delta_timeout"), ("total_s", "total_timeout")])

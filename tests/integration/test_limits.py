@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from redis.asyncio import Redis
 
-from deltafan import Consumer, Generation, JobFailed, Producer, QueueFull, UsageRecord
+from deltafan import Consumer, Generation, JobFailed, Producer, QueueFull, UsageRecord, fold
 from deltafan._client import ScriptCall
 from deltafan._lua import Script
 from deltafan.testing import ScriptedUpstream
@@ -179,10 +179,70 @@ async def test_a_defect_in_a_run_neither_hides_nor_repeats_for_ever(
     async def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("deltafan_worker._calls.ModelCalls.answer", broken)
+    monkeypatch.setattr("deltafan_worker._writer.StreamWriter.finish", broken)
+    upstream.standing = [script.delta(content="Hi"), script.error("data_inspection_failed", "no")]
     job = await producer.submit(model="sim", messages=HI)
     async with running_worker(env):
         assert (await failure_of(consumer, job.id))[0] == "too_many_attempts"
+
+
+@pytest.mark.parametrize("place", ["_chat.ChatDecoder._take_delta", "_run.seal"])
+async def test_a_defect_costs_one_model_call_and_is_billed(
+    producer: Producer,
+    consumer: Consumer,
+    redis: Redis,
+    env: dict[str, str],
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    """What can not be read or written once would break again, and be paid for again."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(f"deltafan_worker.{place}", broken)
+    upstream.standing = [script.chunk({"delta": {"content": "Hi"}}, usage=script.USAGE), *script.ending(usage=None)]
+    job = await producer.submit(model="sim", messages=HI)
+    async with running_worker(env):
+        code, generation = await failure_of(consumer, job.id)
+        await wait_until(lambda: redis.exists("deltafan:usage"), "the bill is written")
+    assert (code, len(upstream.requests)) == ("internal_error", 1)
+    assert await ledger(redis) == [generation.usage]
+    assert generation.usage is not None
+    assert (generation.usage.outcome, generation.usage.input_tokens) == ("failed", 7)
+    assert generation.failure is not None
+    assert not generation.failure.retryable
+
+
+@pytest.mark.parametrize(
+    ("frames", "code"),
+    [
+        ([b'{"error": {"message": "\\ud83d", "code": "invalid_prompt \\ud83d"}}'], "invalid_prompt \ufffd"),
+        (
+            [b'{"choices": [{"finish_reason": "stop"}], "usage": {"\\ud83d": "\\ud83d", "n": [1%b]}}' % (b"0" * 40)],
+            None,
+        ),
+        ([b'{"choices": [{"delta": {"audio": {"data": "no!!"}}, "finish_reason": "\\ud83d"}]}'], None),
+    ],
+    ids=["error", "usage", "audio"],
+)
+async def test_no_value_that_a_provider_sends_keeps_a_job_from_its_end(
+    producer: Producer,
+    consumer: Consumer,
+    worker: LeasedWorker,
+    upstream: ScriptedUpstream,
+    frames: list[bytes],
+    code: str | None,
+) -> None:
+    upstream.standing = [script.Raw(b"data: " + frame + b"\n\n") for frame in frames]
+    job = await producer.submit(model="sim", messages=HI)
+    if code is not None:
+        assert (await failure_of(consumer, job.id))[0] == code
+    else:
+        async with consumer.tail(job.id) as events:
+            assert fold([event async for event in events]) == await consumer.result(job.id, timeout=10)
+    assert len(upstream.requests) == 1
 
 
 @pytest.mark.parametrize("place", ["_calls.ModelCalls.prepare", "_run.parse_request"])

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltafan_worker._chat import ChatDecoder
+from deltafan_worker._sse import SseDecoder
 from support.decoding import Outcome, cut_at
 from support.reference_decoders import chat_outcome
 
@@ -185,6 +186,9 @@ def test_oddity_20_null_arguments_and_a_late_name() -> None:
         tool(index=0, function={"name": "f", "arguments": "{}"}),
     ]
     assert calls(*late, tool(index=0, function={"name": "f", "arguments": None})) == [("c", "f", "{}")]
+    again = tool(index=0, id="c", function={"name": "f", "arguments": "{"})
+    deltas = [json.loads(data) for _, data in decode(*late, again, frame(STOP)).deltas]
+    assert [(piece.get("id"), piece.get("name")) for piece in deltas] == [("c", None), (None, "f"), (None, None)]
 
 
 def test_oddity_21_calls_without_index_or_all_numbered_0() -> None:
@@ -286,6 +290,22 @@ def test_an_error_behind_the_finish_takes_nothing_back() -> None:
     )
     outcome = decode(delta(content="a"), frame({"index": 0, "delta": {}, "finish_reason": "length"}), late)
     assert (outcome.finish, outcome.error) == ("length", None)
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        frame({"index": 0, "delta": {"content": NATIVE}, "finish_reason": "error_finish"}),
+        b"data: {not json}\n\n",
+        b"data: " + b"x" * 1001,
+    ],
+    ids=["error_finish", "no json", "too long"],
+)
+def test_oddity_27_nothing_behind_the_finish_is_output_or_an_error(late: bytes) -> None:
+    decoder = ChatDecoder()
+    decoder._sse = SseDecoder(limit_bytes=1000)
+    outcome = Outcome(decoder, delta(content="a"), frame(STOP, usage=USAGE), late)
+    assert (outcome.deltas, outcome.finish, outcome.usage) == ([("content", b"a")], "stop", USAGE)
 
 
 def test_oddity_29_a_server_that_ignores_stream() -> None:
@@ -428,6 +448,38 @@ def test_speech_comes_in_whole_base64_and_the_words_beside_it() -> None:
     outcome = decode(*(frame({"index": 0, "delta": {"audio": piece}}) for piece in pieces), frame(STOP))
     assert (outcome.generation.pcm, outcome.generation.transcript) == (bytes(range(10)), "Hi")
     assert [kind for kind, _ in outcome.deltas] == ["audio"] * 3
+
+
+@pytest.mark.parametrize("cut", range(13))
+def test_base64_may_be_cut_anywhere(cut: int) -> None:
+    speech = b64encode(bytes(range(7))).decode()
+    pieces = [{"data": speech[:cut]}, {"data": speech[cut:]}]
+    outcome = decode(*(delta(audio=piece) for piece in pieces), frame(STOP))
+    assert outcome.generation.pcm == bytes(range(7))
+
+
+@pytest.mark.parametrize("data", ["A=======", "é漢字é", "\ud83d" * 4, "====", "AAAAA=AA"])
+def test_speech_that_is_not_base64_is_left_out(data: str) -> None:
+    odd = b'data: {"choices":[{"index":0,"delta":{"audio":%b}}]}\n\n' % json.dumps({"data": data}).encode()
+    assert decode(odd, delta(audio={"data": "AAAA"}), frame(STOP)).generation.pcm[-3:] == bytes(3)
+
+
+def test_odd_values_can_be_written() -> None:
+    """Halves of UTF-16 pairs, and a nest that can be read and not written, in all that goes into the records."""
+    half, nest = "\ud83d", json.loads('[{"a":' * 200 + "1" + "}]" * 200)
+    function = {"name": half, "arguments": {"a": half, half: nest}}
+    pieces: list[dict[str, Any]] = [
+        {"annotations": [{"url": half, "nest": nest}]},
+        {"tool_calls": [{"index": 0, "id": half, "function": function, "extra_content": {"a": half}}]},
+        {"audio": {"transcript": half}},
+    ]
+    chunks = [{"id": half, "choices": [{"index": 0, "delta": piece}]} for piece in pieces]
+    chunks.append({"choices": [{"index": 0, "finish_reason": half}]})
+    outcome = decode(*(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks))
+    assert (outcome.finish, outcome.decoder.response_id) == ("\ufffd", "\ufffd")
+    assert orjson.dumps(outcome.generation.to_json())
+    (call,) = outcome.generation.tool_calls
+    assert (call.id, call.name, json.loads(call.arguments)["a"]) == ("\ufffd",) * 3
 
 
 def test_sources_are_given_once() -> None:

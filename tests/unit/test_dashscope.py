@@ -124,6 +124,7 @@ def test_oddity_24_json_in_a_string() -> None:
     frames = [result({"choices": [{"message": {"content": text}}]}) for text in texts]
     assert decode(*frames, STOP, model="kimi-k2").generation.content == "Okay, 世\n."
     assert decode(message(texts[-1]), STOP).generation.content == texts[-1], "any other model may write JSON"
+    assert decode(message('[{"text": "a\\qb"}]'), STOP, model="kimi-k2").generation.content == "a\\qb"
 
 
 def test_oddity_25_reasoning_and_content_in_one_frame() -> None:

@@ -122,6 +122,26 @@ def test_a_function_call_wherever_it_appears(stream: list[bytes]) -> None:
     assert (outcome.calls, outcome.finish) == ([("call_1", "f", "{}")], "tool_calls")
 
 
+def test_arguments_may_come_as_an_object() -> None:
+    added = event("response.output_item.added", output_index=0, item=call_item(arguments={}))
+    done = event("response.output_item.done", output_index=0, item=call_item(arguments={"a": 1}))
+    assert decode(added, done, completed()).calls == [("call_1", "f", '{"a":1}')]
+    for only in (completed(call_item(arguments={"a": 1})), added.replace(b"{}", b'{"a":1}') + completed()):
+        assert decode(only).calls == [("call_1", "f", '{"a":1}')]
+
+
+def test_pieces_of_a_call_that_has_not_been_opened_go_to_no_other() -> None:
+    second = call_item(id="fc_2", call_id="call_2")
+    outcome = decode(
+        event("response.output_item.done", output_index=0, item=call_item(arguments="{}")),
+        event("response.function_call_arguments.delta", output_index=1, item_id="fc_2", delta='{"b"'),
+        event("response.output_item.added", output_index=1, item=second),
+        event("response.output_item.done", output_index=1, item={**second, "arguments": '{"b":2}'}),
+        completed(),
+    )
+    assert outcome.calls == [("call_1", "f", "{}"), ("call_2", "f", '{"b":2}')]
+
+
 def test_custom_tools_have_input_for_arguments() -> None:
     item = {"type": "custom_tool_call", "id": "ct", "call_id": "call_1", "name": "f", "input": ""}
     outcome = decode(
@@ -181,6 +201,13 @@ def test_oddity_27_errors_inside_a_200(stream: bytes, code: str) -> None:
     assert (outcome.code, outcome.finish, outcome.generation.content) == (code, None, "a")
 
 
+def test_a_failed_response_has_its_status_in_a_comment() -> None:
+    failed = event("response.failed", response={"status": "failed", "error": {"code": "odd", "message": "m"}})
+    error = decode(failed.replace(b"data:", b":HTTP_STATUS/400\ndata:")).error
+    assert error is not None
+    assert (error.status, error.retryable) == (400, False)
+
+
 def test_oddity_29_a_server_that_ignores_stream() -> None:
     items = [{"type": "reasoning", "id": "r", "content": [{"text": "Hm."}]}, MESSAGE, call_item(arguments="{}")]
     whole = {"id": "resp_1", "object": "response", "status": "completed", "output": items, "usage": USAGE}
@@ -225,6 +252,18 @@ def test_oddity_31_item_ids_that_change_with_every_event() -> None:
         completed({**MESSAGE, "id": "a6"}, call_item(id="b4", arguments="{}")),
     )
     assert (outcome.generation.content, outcome.calls) == ("Hey", [("call_1", "f", "{}")])
+
+
+def test_oddity_31_calls_whose_pieces_alternate_are_told_apart_by_their_index() -> None:
+    opened = [
+        event("response.output_item.added", output_index=n, item=call_item(id=f"a{n}", call_id=f"call_{n}"))
+        for n in (0, 1)
+    ]
+    pieces = [
+        event("response.function_call_arguments.delta", output_index=n, item_id=f"b{at}", delta=piece)
+        for at, (n, piece) in enumerate([(0, "{"), (1, "["), (0, "}"), (1, "]")])
+    ]
+    assert decode(*opened, *pieces, completed()).calls == [("call_0", "f", "{}"), ("call_1", "f", "[]")]
 
 
 @pytest.mark.parametrize("name", ["parallel", "multi_tool_use.parallel"])

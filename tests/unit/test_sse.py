@@ -66,6 +66,11 @@ def test_frames_without_blank_lines_are_told_apart_by_their_ids() -> None:
     assert decode(stream) == [SseEvent(b"result", b"{1}", 200), SseEvent(b"result", b"{2}", 429)]
 
 
+@pytest.mark.parametrize("head", [b"id:2\n", b"event:result\n"])
+def test_either_of_the_lines_before_the_data_begins_an_event(head: bytes) -> None:
+    assert datas(b"data:{1}\n" + head + b"data:{2}\n") == [b"{1}", b"{2}"]
+
+
 def test_what_is_pending_at_the_end_is_delivered() -> None:
     assert datas(b"data: a\n\ndata: b") == [b"a", b"b"]
     assert datas(b"data: a\n") == [b"a"]

@@ -215,7 +215,8 @@ class ModelCalls:
         try:
             yield
         finally:
-            meter.ended_s, meter.raw_usage, meter.response_id = clock(), decoder.usage, decoder.response_id
+            meter.ended_s = clock()
+            meter.note(decoder)
 
 
 def _publishing(writer: StreamWriter, meter: CallMeter) -> Callable[[list[Delta]], None]:

@@ -21,7 +21,6 @@ class ChatDecoder(FrameDecoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self._finish_reason: str | None = None
         self._tool_calls = ToolCallMerger()
 
     def completion(self) -> Completion:
@@ -48,24 +47,22 @@ class ChatDecoder(FrameDecoder):
         choice = _first_choice(choices) if choices else None
         if choice is not None:
             self._take_choice(choice, frame)
-        # An error behind a finish_reason takes nothing back of an answer that is complete.
-        if self._error is None and self._finish_reason is None and _is_error(frame, event):
-            self._error = from_payload(frame, status=event.status)
+        if _is_error(frame, event):
+            self._fail(from_payload(frame, status=event.status))
 
     def _take_choice(self, choice: Mapping[str, Any], frame: Mapping[str, Any]) -> None:
         delta = choice.get("delta")
         if not isinstance(delta, dict):
             delta = choice.get("message") if self.frames == 1 else None
         reason = choice.get("finish_reason")
-        if reason in _FAILED and self._finish_reason is None:
+        if reason in _FAILED:
             text = text_of(delta.get("content")) if isinstance(delta, dict) else ""
-            self._error = from_payload(frame) if frame.get("error") else from_error_text(text)
+            self._fail(from_payload(frame) if frame.get("error") else from_error_text(text))
             return
         if isinstance(delta, dict):
             self._take_delta(delta)
         if self._finish_reason is None and reason not in _RUNNING and isinstance(reason, str):
-            self._finish_reason = reason
-            self._release_held()
+            self._finish(reason)
 
     def _take_delta(self, delta: dict[str, Any]) -> None:
         content, fragments = delta.get("content"), delta.get("tool_calls")

@@ -27,7 +27,6 @@ class DashScopeDecoder(FrameDecoder):
 
     def __init__(self, model: str = "") -> None:
         super().__init__()
-        self._finish_reason: str | None = None
         self._tool_calls = ToolCallMerger()
         self._increments = Increments(self._emit)
         self._sse_ended = False
@@ -65,7 +64,7 @@ class DashScopeDecoder(FrameDecoder):
         output = frame.get("output")
         if _is_error(frame, event):
             self._increments.end()
-            self._error = from_payload(frame, status=event.status)
+            self._fail(from_payload(frame, status=event.status))
         elif isinstance(output, dict):
             self._take_output(output)
 
@@ -82,8 +81,7 @@ class DashScopeDecoder(FrameDecoder):
         reason = choice.get("finish_reason", output.get("finish_reason"))
         if reason not in _RUNNING and isinstance(reason, str):
             self._increments.end()
-            self._release_held()
-            self._finish_reason = reason
+            self._finish(reason)
             self.finished = True
 
     def _take_message(self, message: Mapping[str, Any]) -> None:
@@ -113,9 +111,15 @@ class DashScopeDecoder(FrameDecoder):
 
     def _text(self, content: Any) -> str:
         if self._may_be_json and isinstance(content, str) and _JSON_IN_STRING.match(content):
-            pieces = _TEXT_IN_JSON.findall(content)
-            return "".join(json.loads(f'"{piece}"', strict=False) for piece in pieces)
+            return "".join(map(_unescaped, _TEXT_IN_JSON.findall(content)))
         return text_of(content)
+
+
+def _unescaped(piece: str) -> str:
+    try:
+        return str(json.loads(f'"{piece}"', strict=False))
+    except ValueError:  # models write escapes that JSON does not know
+        return piece
 
 
 def _first_choice(output: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -25,6 +25,10 @@ class Decoder(Protocol):
     """The last usage object that was not empty: every one is a running total."""
     response_id: str | None
 
+    @property
+    def is_whole(self) -> bool:
+        """The answer has its end: what may still follow is its usage, and no error takes anything back."""
+
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
 

@@ -11,7 +11,9 @@ from deltafan._fold import Generation
 from deltafan._position import Position
 from deltafan._usage import CallOutcome, UsageRecord, UsageSource
 from deltafan_worker._background import ResponseNote
+from deltafan_worker._decoder import Decoder
 from deltafan_worker._log import AttemptLog
+from deltafan_worker._plain import plain
 from deltafan_worker._route import Route
 from deltafan_worker._usage import TokenCounts, cost, estimate, normalise
 from deltafan_worker._writer import Sealed
@@ -74,6 +76,10 @@ class CallMeter:
     deltas: int = 0
     raw_usage: Mapping[str, Any] | None = None
     response_id: str | None = None
+
+    def note(self, decoder: Decoder) -> None:
+        """What a decoder has heard of usage and id."""
+        self.raw_usage, self.response_id = plain(decoder.usage), decoder.response_id
 
     @property
     def response(self) -> ResponseNote | None:
@@ -161,6 +167,17 @@ def seal(ending: Ending, log: AttemptLog, usage: UsageRecord | None, position: P
         provider=usage.provider if usage else None,
         api=usage.api if usage else None,
     )
+    return _sealed(ending, generation, usage)
+
+
+def seal_without_answer(ending: Ending, usage: UsageRecord | None, position: Position) -> Sealed:
+    """The same of an answer that can not be written: its bill is."""
+    usage = replace(usage, outcome="failed", finish_reason=None, raw=None) if usage else None
+    generation = Generation(status=ending.status, position=position, failure=ending.failure, usage=usage)
+    return _sealed(ending, generation, usage)
+
+
+def _sealed(ending: Ending, generation: Generation, usage: UsageRecord | None) -> Sealed:
     data = orjson.dumps(ending.data(usage))
     note = orjson.dumps(usage.to_json()) if usage else b""
     return Sealed(ending.status, data, orjson.dumps(generation.to_json()), note)

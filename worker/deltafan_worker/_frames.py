@@ -1,6 +1,7 @@
 """What the decoders of all APIs share: frames of JSON in, deltas out, the first error last."""
 
 import json
+from base64 import b64decode
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import orjson
 
 from deltafan._events import ANNOTATION, AUDIO, TOOL_CALL, Delta, audio_data, tool_call_data
+from deltafan_worker._plain import plain, whole_characters
 from deltafan_worker._sse import SseDecoder, SseEvent, SseLimitExceeded
 from deltafan_worker._upstream_error import UpstreamError
 
@@ -25,10 +27,16 @@ class FrameDecoder:
         self._sse = SseDecoder()
         self._deltas: deque[Delta] = deque()
         self._error: UpstreamError | None = None
+        self._finish_reason: str | None = None
         self._said_something = False
         self._held: dict[str, str] = {}
         self._audio_rest = ""
         self._annotations: set[bytes] = set()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the answer has its end."""
+        return self._finish_reason is not None
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
@@ -55,11 +63,13 @@ class FrameDecoder:
             try:
                 event = self._sse.next_event()
             except SseLimitExceeded as error:
-                self._error = UpstreamError(code="frame_too_long", message=str(error), retryable=False)
-                continue
-            if event is None:
+                self._fail(UpstreamError(code="frame_too_long", message=str(error), retryable=False))
+                self.finished = True
+                event = None
+            if event is not None:
+                self._take_frame(event)
+            elif self._error is None:
                 return None
-            self._take_frame(event)
         return self._deltas.popleft()
 
     def _take_object(self, frame: dict[str, Any], event: SseEvent) -> None:
@@ -86,9 +96,21 @@ class FrameDecoder:
         if len(lines) > 1:
             for line in lines:
                 self._take_frame(event._replace(data=line))
-        elif self._error is None:
+        else:
             message = "the provider sent a frame that is not a JSON object"
-            self._error = UpstreamError(code="bad_frame", message=message, retryable=True)
+            self._fail(UpstreamError(code="bad_frame", message=message, retryable=True))
+
+    def _fail(self, error: UpstreamError) -> None:
+        """The first error counts. One behind the finish takes nothing back of an answer that is whole."""
+        if self._error is None and self._finish_reason is None:
+            self._error = error
+
+    def _finish(self, reason: str) -> None:
+        """The answer is whole; what waited for its other half will not get it."""
+        self._finish_reason = whole_characters(reason)
+        while self._held:
+            kind, _ = self._held.popitem()
+            self._deltas.append(Delta(kind, "\N{REPLACEMENT CHARACTER}".encode()))
 
     def _note_usage(self, usage: Any) -> None:
         if usage and isinstance(usage, dict):
@@ -96,7 +118,7 @@ class FrameDecoder:
 
     def _note_id(self, identifier: Any) -> None:
         if self.response_id is None and identifier and isinstance(identifier, str):
-            self.response_id = identifier
+            self.response_id = whole_characters(identifier)
 
     def _emit(self, kind: str, value: Any) -> None:
         text = value if isinstance(value, str) else text_of(value)
@@ -118,12 +140,6 @@ class FrameDecoder:
         if text:
             self._deltas.append(Delta(kind, whole_characters(text).encode()))
 
-    def _release_held(self) -> None:
-        """The answer is over: what waited for its other half will not get it."""
-        while self._held:
-            kind, _ = self._held.popitem()
-            self._deltas.append(Delta(kind, "\N{REPLACEMENT CHARACTER}".encode()))
-
     def _emit_tool_call(
         self,
         index: int,
@@ -142,10 +158,12 @@ class FrameDecoder:
         self._deltas.append(Delta(TOOL_CALL, data))
 
     def _emit_audio(self, base64: Any, transcript: Any) -> None:
-        """Each entry's base64 is whole, wherever the provider cuts it."""
+        """Each entry's base64 is whole, wherever the provider cuts it; what is none is left out."""
         text = self._audio_rest + (base64 if isinstance(base64, str) else "")
-        whole = text if text.endswith("=") else text[: len(text) - len(text) % 4]
+        whole = text[: len(text) - len(text) % 4]
         self._audio_rest = text[len(whole) :]
+        if not _is_base64(whole):
+            whole = self._audio_rest = ""
         words = whole_characters(transcript) if isinstance(transcript, str) else ""
         if whole or words:
             self._said_something = True
@@ -156,7 +174,7 @@ class FrameDecoder:
         for annotation in annotations if isinstance(annotations, list) else ():
             if not isinstance(annotation, dict) or not annotation:
                 continue
-            data = whole_characters(json.dumps(annotation, ensure_ascii=False, separators=(",", ":"))).encode()
+            data = orjson.dumps(plain(annotation))
             if data not in self._annotations:
                 self._annotations.add(data)
                 self._deltas.append(Delta(ANNOTATION, data))
@@ -185,9 +203,12 @@ def _parse_leniently(data: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def whole_characters(text: str) -> str:
-    """The text with its UTF-16 pairs joined and halves of them replaced."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+def _is_base64(text: str) -> bool:
+    try:
+        b64decode(text, validate=True)
+    except ValueError:
+        return False
+    return True
 
 
 def text_of(value: Any) -> str:

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 import orjson
 
+from deltafan_worker._plain import json_text, plain
+
 _WRAPPERS = ("parallel", "multi_tool_use.parallel")
 """A tool that nobody declared: some models wrap several calls in it."""
 
@@ -80,7 +82,7 @@ class OutputCalls:
         call = self._by_name.get(("call_id", call_id)) if call_id else self._find(where)
         arguments = item.get("arguments", item.get("input"))
         if call is None:
-            call = self._open(call_id, _word(item.get("name")), _word(arguments), where)
+            call = self._open(call_id, _word(item.get("name")), json_text(arguments), where)
         else:
             self._remember(call, where)
         if is_done:
@@ -88,13 +90,13 @@ class OutputCalls:
 
     def add(self, where: Mapping[str, Any], fragment: Any) -> None:
         """A piece of a call's arguments."""
-        call = self._find(where) or (self._calls[-1] if self._calls else None)
+        call = self._find(where) or self._latest()
         if call is not None and isinstance(fragment, str) and fragment:
             self._add(call, fragment)
 
     def complete(self, where: Mapping[str, Any], arguments: Any) -> None:
         """The whole arguments of a call, of which the pieces may have come already."""
-        call = self._find(where) or (self._calls[-1] if self._calls else None)
+        call = self._find(where) or self._latest()
         if call is not None:
             self._complete(call, arguments)
 
@@ -128,8 +130,8 @@ class OutputCalls:
     def _complete(self, call: _Call, arguments: Any) -> None:
         if call.is_done:
             return
-        if not call.has_arguments and isinstance(arguments, str) and arguments:
-            self._add(call, arguments)
+        if not call.has_arguments and (text := json_text(arguments)):
+            self._add(call, text)
         call.is_done = call.has_arguments
         if call.is_done:
             self._unwrap(call)
@@ -153,6 +155,10 @@ class OutputCalls:
                 return call
         return None
 
+    def _latest(self) -> _Call | None:
+        """The call that an event without a known place is for; a call that is done gets no more."""
+        return self._calls[-1] if self._calls and not self._calls[-1].is_done else None
+
     def _remember(self, call: _Call, where: Mapping[str, Any]) -> None:
         for name in ("output_index", "item_id"):
             if (key := _key(where.get(name))) is not None:
@@ -164,7 +170,7 @@ def _wrapped(arguments: str) -> list[tuple[str, str]]:
     try:
         uses = orjson.loads(arguments)["tool_uses"]
         calls = [(use["recipient_name"].removeprefix("functions."), use["parameters"]) for use in uses]
-        return [(name, orjson.dumps(parameters).decode()) for name, parameters in calls]
+        return [(name, orjson.dumps(plain(parameters)).decode()) for name, parameters in calls]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
 

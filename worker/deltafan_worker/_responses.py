@@ -32,7 +32,6 @@ class ResponsesDecoder(FrameDecoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self._finish_reason: str | None = None
         self._spoken = Spoken()
         self._calls = OutputCalls(self._emit_tool_call)
         self._summary: tuple[Any, Any] | None = None
@@ -73,11 +72,11 @@ class ResponsesDecoder(FrameDecoder):
             case "response.audio.transcript.delta" | "response.output_audio_transcript.delta":
                 self._emit_audio(None, frame.get("delta"))
             case "error":
-                self._error = from_payload(frame, status=event.status)
+                self._fail(from_payload(frame, status=event.status))
             case _ if isinstance(response := frame.get("response"), dict):
-                self._take_response(kind, response)
+                self._take_response(kind, response, event.status)
             case _ if _is_error(frame, event):
-                self._error = from_payload(frame, status=event.status)
+                self._fail(from_payload(frame, status=event.status))
 
     def _take_text(self, kind: str, frame: Mapping[str, Any]) -> bool:
         name, _, step = kind.rpartition(".")
@@ -113,19 +112,18 @@ class ResponsesDecoder(FrameDecoder):
             for spoken_as, text in _texts(item) if is_done else ():
                 self._say_unless_said(spoken_as, text, where)
 
-    def _take_response(self, kind: str, response: Mapping[str, Any]) -> None:
+    def _take_response(self, kind: str, response: Mapping[str, Any], http_status: int | None) -> None:
         self._note_id(response.get("id"))
         self._note_usage(response.get("usage"))
         match kind:
             case "response.failed" | "response.cancelled":
                 # Its own error, or at least its status.
                 status = {"code": kind.removeprefix("response."), "message": ""}
-                self._error = from_payload({"error": response.get("error") or status})
+                self._fail(from_payload({"error": response.get("error") or status}, status=http_status))
             case "response.completed" | "response.incomplete":
                 self._take_output(response.get("output"))
                 self._calls.end()
-                self._finish_reason = self._reason(kind, response)
-                self._release_held()
+                self._finish(self._reason(kind, response))
                 self.finished = True
 
     def _take_output(self, output: Any) -> None:

@@ -21,7 +21,7 @@ from deltafan_worker._admission import Admission, MustWait
 from deltafan_worker._background import UNREADABLE
 from deltafan_worker._calls import ModelCalls
 from deltafan_worker._claim import Claim, Leave
-from deltafan_worker._ending import CallMeter, Ending, members, seal
+from deltafan_worker._ending import CallMeter, Ending, members, seal, seal_without_answer
 from deltafan_worker._interrupt import Interrupt, Reason
 from deltafan_worker._limits import FleetLimits
 from deltafan_worker._publisher import Publisher
@@ -251,7 +251,13 @@ class JobRunner:
             call = self._calls.listen_again(plan.routes[0], plan.response, plan.published, writer, meter)
         else:
             call = self._calls.answer(plan.routes, plan.body, writer, meter, job.admission)
-        ending = await writer.interrupt.run(call, within_s=left_s)
+        try:
+            ending = await writer.interrupt.run(call, within_s=left_s)
+        except MustWait:
+            raise
+        except Exception:  # the model may have been called: another run would call it again, and break as this one did
+            log.exception("job %s: ends here, since its answer can not be read", job.id)
+            ending = _DEFECT
         return ending or _ending_of(writer.interrupt)
 
     def _may_run_again(self, job: _Job, writer: StreamWriter, ending: Ending, plan: Plan) -> bool:
@@ -327,7 +333,11 @@ def _seal(ending: Ending, writer: StreamWriter, meter: CallMeter | None, cancel_
         outcome = "failed"
     usage = None if meter is None else replace(_record(meter, writer, outcome), finish_reason=ending.finish_reason)
     position = Position(writer.attempt, len(writer.log) + 1)
-    return seal(ending, writer.log, usage, position)
+    try:
+        return seal(ending, writer.log, usage, position)
+    except Exception:
+        log.exception("job %s: ends here, since its answer can not be written", writer.job_id)
+        return seal_without_answer(_DEFECT, usage, position)
 
 
 def _record(meter: CallMeter, writer: StreamWriter, outcome: CallOutcome) -> UsageRecord:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
+from deltafan_worker._plain import json_text
 
 
 class ToolCallMerger:
@@ -41,7 +41,7 @@ class ToolCallMerger:
         news_name = name if isinstance(name, str) and name and index not in self._named else None
         if news_name:
             self._named.add(index)
-        arguments = _arguments(function.get("arguments"))
+        arguments = json_text(function.get("arguments"))
         if is_snapshot:
             arguments = self._news(index, arguments)
         if not (is_new or news_id or news_name or arguments):
@@ -75,9 +75,3 @@ class ToolCallMerger:
     def _open(self) -> int:
         self._ids.append("")
         return len(self._ids) - 1
-
-
-def _arguments(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return orjson.dumps(value).decode() if isinstance(value, dict) else ""

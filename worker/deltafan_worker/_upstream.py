@@ -7,8 +7,8 @@ nothing left for an SDK to do, since decoding, retrying and the reading of error
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -20,7 +20,11 @@ from deltafan_worker._route import Route
 from deltafan_worker._upstream_error import UpstreamError, from_response, too_long
 from deltafan_worker._watchdog import Silence, Watchdog
 
+LAST_WORDS_S = 5.0
+"""Behind its finish_reason an answer is whole: only its usage is waited for, and no longer than this."""
 MAX_ERROR_BYTES = 64 * 1024
+_ERROR_BODY_S = 5.0
+_BLANK = b"\xef\xbb\xbf \t\r\n"
 MAX_AROUND_BYTES = 1024 * 1024
 """What an answer that comes as one object may have around its text; escaped, that may be twice as long."""
 
@@ -40,16 +44,22 @@ async def stream_generation(
     timeouts = route.timeouts
     try:
         async with asyncio.timeout(timeouts.total_s), Watchdog(timeouts.first_delta_s, timeouts.silence_s) as watchdog:
-            async with _open(session, route, call) as response:
-                return await _pump(response, decoder, publish, watchdog, route.max_output_bytes)
-    except Silence as silence:
-        raise UpstreamError(code=silence.code, message=str(silence), retryable=True) from None
-    except TimeoutError:
-        message = f"the provider was not done after {timeouts.total_s:g} s"
-        raise UpstreamError(code="total_timeout", message=message, retryable=False) from None
-    except aiohttp.ClientError as error:
+            async with await _open(session, route, call) as response:
+                await _pump(response, decoder, publish, watchdog, route.max_output_bytes)
+    except (Silence, TimeoutError, aiohttp.ClientError) as error:
+        if not decoder.is_whole:
+            raise _translated(error, route) from error
+    return decoder.completion()
+
+
+def _translated(error: Exception, route: Route) -> UpstreamError:
+    if isinstance(error, Silence):
+        return UpstreamError(code=error.code, message=str(error), retryable=True)
+    if isinstance(error, aiohttp.ClientError):
         message = f"the connection to {route.provider} broke ({type(error).__name__})"
-        raise UpstreamError(code="connection_lost", message=message, retryable=True) from error
+        return UpstreamError(code="connection_lost", message=message, retryable=True)
+    message = f"the provider was not done after {route.timeouts.total_s:g} s"
+    return UpstreamError(code="total_timeout", message=message, retryable=False)
 
 
 async def tell(session: aiohttp.ClientSession, call: HttpCall, *, within_s: float) -> None:
@@ -72,23 +82,42 @@ async def _pump(
     publish: Callable[[list[Delta]], None],
     watchdog: Watchdog,
     max_output_bytes: int,
-) -> Completion:
-    if response.content_type == "application/json":  # the wish for a stream was ignored
-        decoder.feed_whole(await _read_whole(response, max_output_bytes))
+) -> None:
     read, frames = response.content.readany, 0
-    while not decoder.finished and (data := await read()):
-        decoder.feed(data)
-        has_delta = _publish_decoded(decoder, publish)
-        if decoder.frames != frames:
-            frames = decoder.frames
-            watchdog.fed(has_delta=has_delta)
+    data = await _first_bytes(response, max_output_bytes)
+    if data.startswith(b"{"):  # no stream can begin so, whatever it is labelled: the wish for one was ignored
+        decoder.feed_whole(await _read_whole(response, data, max_output_bytes))
+        data = b""
+    async with asyncio.timeout(None) as patience:
+        while data:
+            decoder.feed(data)
+            has_delta = _publish_decoded(decoder, publish)
+            if decoder.frames != frames:
+                frames = decoder.frames
+                watchdog.fed(has_delta=has_delta)
+            if decoder.finished:
+                break
+            if decoder.is_whole and patience.when() is None:
+                patience.reschedule(asyncio.get_running_loop().time() + LAST_WORDS_S)
+            data = await read()
     decoder.end()
     _publish_decoded(decoder, publish)
-    return decoder.completion()
 
 
-async def _read_whole(response: aiohttp.ClientResponse, max_output_bytes: int) -> bytes:
-    body = bytearray()
+async def _first_bytes(response: aiohttp.ClientResponse, max_output_bytes: int) -> bytes:
+    """What arrives first, without the blank lines that some servers send while they wait."""
+    blanks = 0
+    while data := await response.content.readany():
+        if head := data.lstrip(_BLANK):
+            return head
+        blanks += len(data)
+        if blanks > MAX_AROUND_BYTES:
+            raise too_long(max_output_bytes)
+    return b""
+
+
+async def _read_whole(response: aiohttp.ClientResponse, head: bytes, max_output_bytes: int) -> bytes:
+    body = bytearray(head)
     while data := await response.content.readany():
         body += data
         if len(body) > 2 * max_output_bytes + MAX_AROUND_BYTES:
@@ -108,16 +137,12 @@ def _publish_decoded(decoder: Decoder, publish: Callable[[list[Delta]], None]) -
     return bool(deltas)
 
 
-@asynccontextmanager
-async def _open(session: aiohttp.ClientSession, route: Route, call: HttpCall) -> AsyncIterator[aiohttp.ClientResponse]:
+async def _open(session: aiohttp.ClientSession, route: Route, call: HttpCall) -> aiohttp.ClientResponse:
+    """The response, to be left by whoever reads it."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=route.timeouts.connect_s)
     try:
         options: Any = {"headers": call.headers, "timeout": timeout, "allow_redirects": False}
-        async with session.request(call.method, call.url, data=call.data, **options) as response:
-            if response.status != 200:
-                detail = await response.content.read(MAX_ERROR_BYTES)
-                raise from_response(response.status, response.headers, detail, now_s=time.time())
-            yield response
+        response = await session.request(call.method, call.url, data=call.data, **options)
     except (aiohttp.ServerTimeoutError, aiohttp.ConnectionTimeoutError):
         message = f"{route.provider} did not accept a connection within {route.timeouts.connect_s:g} s"
         raise UpstreamError(code="connect_timeout", message=message, retryable=True) from None
@@ -128,3 +153,18 @@ async def _open(session: aiohttp.ClientSession, route: Route, call: HttpCall) ->
         # Mostly a kept-alive connection that the server closed at the moment when it was used again.
         message = f"the connection to {route.provider} broke ({type(error).__name__})"
         raise UpstreamError(code="connection_lost", message=message, retryable=True, at_once=True) from error
+    if response.status == 200:
+        return response
+    async with response:
+        detail = await _read_detail(response)
+        raise from_response(response.status, response.headers, detail, now_s=time.time())
+
+
+async def _read_detail(response: aiohttp.ClientResponse) -> bytes:
+    """What there is of an error's body: the status counts, however the rest breaks or hangs."""
+    detail = bytearray()
+    with suppress(TimeoutError, aiohttp.ClientError):
+        async with asyncio.timeout(_ERROR_BODY_S):
+            while len(detail) < MAX_ERROR_BYTES and (data := await response.content.readany()):
+                detail += data
+    return bytes(detail[:MAX_ERROR_BYTES])
