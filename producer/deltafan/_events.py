@@ -2,7 +2,7 @@
 
 from base64 import b64decode
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -50,8 +50,8 @@ class ToolCallDelta:
     index: int
     id: str | None
     name: str | None
-    arguments: str
-    extra: Mapping[str, Any] | None = None
+    arguments: str = field(repr=False)
+    extra: Mapping[str, Any] | None = field(default=None, repr=False)
     """What the provider wants to be sent back with the call, untouched (Gemini: `extra_content`)."""
 
 
@@ -59,8 +59,8 @@ class ToolCallDelta:
 class AudioDelta:
     """A piece of speech. `pcm` is what the provider sent, decoded: 16 bit, mono, 24 kHz, without a header."""
 
-    pcm: bytes
-    transcript: str
+    pcm: bytes = field(repr=False)
+    transcript: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,9 @@ class Delta(NamedTuple):
     type: str
     data: bytes
 
+    def __repr__(self) -> str:
+        return f"Delta({self.type}, {len(self.data)} bytes)"
+
 
 class Event(NamedTuple):
     """One entry of a job's stream.
@@ -88,6 +91,10 @@ class Event(NamedTuple):
     position: Position
     type: str
     data: bytes
+
+    def __repr__(self) -> str:
+        # Without the data: what a model has said belongs into no log.
+        return f"Event({self.position}, {self.type}, {len(self.data)} bytes)"
 
     @property
     def is_terminal(self) -> bool:

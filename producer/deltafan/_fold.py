@@ -38,14 +38,14 @@ class ToolCall:
 
     id: str
     name: str
-    arguments: str
-    extra: Mapping[str, Any] | None = field(default=None, hash=False)
+    arguments: str = field(repr=False)
+    extra: Mapping[str, Any] | None = field(default=None, hash=False, repr=False)
     """What the provider wants to be sent back with the call, untouched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What a job has produced so far, or in all.
+    """What a job has produced so far, or in all. Its repr, like an event's, has nothing of what the model said.
 
     `Generation.from_json(g.to_json()) == g`.
     """
@@ -54,15 +54,15 @@ class Generation:
     """queued, running, completed, failed or cancelled."""
     position: Position | None = None
     """The last entry folded in: pass it as `after` to tail on from here. None when nothing was."""
-    content: str = ""
-    reasoning: str = ""
-    refusal: str = ""
+    content: str = field(default="", repr=False)
+    reasoning: str = field(default="", repr=False)
+    refusal: str = field(default="", repr=False)
     tool_calls: tuple[ToolCall, ...] = ()
     pcm: bytes = field(default=b"", repr=False)
     """Speech, as the provider sent it: 16 bit, mono, 24 kHz, without a header. `audio` has one."""
-    transcript: str = ""
+    transcript: str = field(default="", repr=False)
     """Of the speech, where the provider sends one; others send the words as `content`."""
-    annotations: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    annotations: tuple[Mapping[str, Any], ...] = field(default=(), hash=False, repr=False)
     """Sources, as the provider describes them."""
     finish_reason: str | None = None
     usage: UsageRecord | None = None

@@ -29,7 +29,6 @@ from deltafan.testing import (
     Tokens,
     ToolCall,
     chat,
-    responses,
     simulated_delay,
 )
 from deltafan_worker._leased import LeasedWorker
@@ -434,6 +433,74 @@ async def test_a_provider_that_asks_for_less_is_left_alone_by_the_whole_fleet(
                 assert (await consumer.result(job.id, timeout=10)).content == "Hello, world!"
 
 
+async def test_a_shorter_cool_down_leaves_a_longer_one_as_it_is(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: Redis
+) -> None:
+    """Another worker has been told to wait for a minute, and this one did not know when it asked."""
+    key = "deltafan:cooldown:sim/double"
+    gate = asyncio.Event()
+    upstream.then([gate, chat.error("rate_limit_exceeded", "slow down")])
+    job = await producer.submit(model="double", messages=HI)
+    await asyncio.wait_for(upstream.arrived.wait(), 10)
+    await redis.set(key, 1, px=60_000)
+    gate.set()
+    assert (await consumer.result(job.id, timeout=10)).content == "Hello, world!"
+    assert await redis.pttl(key) > 30_000
+
+
+@pytest.mark.parametrize("seconds", ["9999999999", "1e25"])
+async def test_no_provider_closes_itself_to_batch_jobs_for_years(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, seconds: str
+) -> None:
+    refusal = replace(chat.refusal("rate_limit_exceeded", "slow down", 429), headers={"Retry-After": seconds})
+    upstream.then(refusal)
+    await consumer.result((await producer.submit(model="double", messages=HI)).id, timeout=10)
+
+    async def closed() -> Any:
+        return [limit for limit in await producer.limits() if limit.name == "sim/double" and limit.closed_s]
+
+    await wait_until(closed, "the fleet is told")
+    (limit,) = await closed()
+    assert 3000 < limit.closed_s <= 3600
+
+
+BUSY = replace(chat.refusal("rate_limit_exceeded", "slow down", 429), headers={"Retry-After": "0.5"})
+
+
+@pytest.mark.parametrize("lane", ["interactive", "batch"])
+async def test_a_broken_backup_does_not_make_a_short_refusal_permanent(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, lane: Any
+) -> None:
+    upstream.then(BUSY, REFUSED_KEY)
+    result = await consumer.result((await producer.submit(model="double", messages=HI, lane=lane)).id, timeout=10)
+    assert result.usage is not None
+    assert (result.content, result.usage.provider) == ("Hello, world!", "sim")
+    assert len(upstream.requests) == 3
+
+
+async def test_of_several_providers_failures_the_one_that_passes_is_told(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    """A refusal that asks for too long a wait is not worth a slot; the caller may come again."""
+    upstream.then(replace(BUSY, headers={"Retry-After": "600"}), REFUSED_KEY)
+    async with running_worker(env):
+        with pytest.raises(JobFailed, match="slow down") as caught:
+            await consumer.result((await producer.submit(model="double", messages=HI)).id, timeout=10)
+    failure = caught.value.generation.failure
+    assert failure is not None
+    assert (failure.code, failure.retryable, len(upstream.requests)) == ("rate_limit_exceeded", True, 2)
+
+
+async def test_a_provider_that_stays_busy_is_not_asked_for_ever(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    upstream.standing = replace(BUSY, headers={"Retry-After": "0.01"})
+    async with running_worker({**env, "DELTAFAN_MAX_RETRIES": "1"}):
+        with pytest.raises(JobFailed, match="slow down"):
+            await consumer.result((await producer.submit(model="double", messages=HI)).id, timeout=20)
+    assert len(upstream.requests) == 5
+
+
 async def test_a_provider_that_cools_down_is_passed_over(
     producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: Redis
 ) -> None:
@@ -443,35 +510,61 @@ async def test_a_provider_that_cools_down_is_passed_over(
     assert (result.usage.provider, len(upstream.requests)) == ("other", 1)
 
 
-async def test_no_key_no_prompt_and_no_answer_is_ever_logged(
+KEY, PROMPT, ANSWER = "sk-planted-key", "planted-prompt", "planted-answer"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        Answer([Text(ANSWER), Reasoning(ANSWER), Refusal(ANSWER), ToolCall("c", "f", [ANSWER])]),
+        Answer([Text(ANSWER), Audio(b"12", ANSWER), Cut()]),
+        chat.refusal("invalid_request_error", f"can not read {PROMPT}", 400),
+        chat.refusal("invalid_api_key", f"Incorrect API key provided: {KEY}. Sent: Bearer {KEY}", 401),
+        Refuse(401, f"no such key: {KEY}".encode()),
+        Answer([Text(ANSWER), Fault(f"bad {KEY}", f"{KEY} may not ask {PROMPT}")]),
+        chat.refusal("insufficient_quota", f"{KEY} exceeded your current quota", 429),
+        [Raw(b"data: " + ANSWER.encode() + b"\n\n")],
+    ],
+    ids=["answer", "cut", "prompt", "key", "text", "fault", "quota", "frame"],
+)
+async def test_no_key_no_prompt_and_no_answer_is_in_a_log_a_repr_or_an_error(
     producer: Producer,
     consumer: Consumer,
     env: dict[str, str],
     upstream: ScriptedUpstream,
+    redis: Redis,
     caplog: pytest.LogCaptureFixture,
+    script: Answer | Refuse | list[chat.Step],
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    secrets = {"SIM_KEY": "sk-planted-key"}
-    prompt, answer = "planted-prompt", "planted-answer"
-    quoting = chat.refusal("invalid_request_error", f"can not read {prompt}", 400)
-    upstream.then(
-        Answer([Text(answer)]),
-        Answer([Text(answer), Cut()]),
-        quoting,
-        [Raw(b"data: " + answer.encode() + b"\n\n")],
-        responses.text(answer),
-    )
-    async with running_worker({**env, **secrets, "DELTAFAN_MAX_ATTEMPTS": "1", "DELTAFAN_MAX_RETRIES": "0"}):
-        for api in ("chat", "chat", "chat", "chat"):
-            messages = [{"role": "user", "content": prompt}]
-            job = await producer.submit(model="keyed/x", messages=messages, api=api)
-            try:
-                shown = repr(await consumer.result(job.id, timeout=10))
-            except JobFailed as error:
-                shown = f"{error.generation.failure}" if "can not read" not in str(error) else ""
-            assert "sk-planted-key" not in shown
-            assert prompt not in shown
-    assert upstream.requests[0].headers["Authorization"] == "Bearer sk-planted-key"
-    log = "\n".join(record.getMessage() + str(record.exc_info) for record in caplog.records)
-    for secret in ("sk-planted-key", prompt, answer):
-        assert secret not in log
+    upstream.standing = script
+    env |= {"SIM_KEY": KEY, "DELTAFAN_MAX_ATTEMPTS": "1", "DELTAFAN_MAX_RETRIES": "0"}
+    async with running_worker(env):
+        job = await producer.submit(model="keyed/x", messages=[{"role": "user", "content": [{"text": PROMPT}]}])
+        events = await read(consumer, job.id)
+        try:
+            shown = repr(await consumer.result(job.id, timeout=10))
+        except JobFailed as error:
+            shown = f"{error} {error!r} {error.generation!r} {error.generation.failure}"
+        shown += f"{events} {[(event.tool_call, event.audio, event.failure) for event in events]}"
+    assert upstream.requests[0].headers["Authorization"] == f"Bearer {KEY}"
+    shown += "\n".join(record.getMessage() + str(record.exc_info) for record in caplog.records)
+    for secret in (KEY, PROMPT, ANSWER):
+        assert secret not in shown
+    kept = [await redis.dump(key) for key in await redis.keys("*")]
+    assert not any(KEY.encode() in data for data in kept), "nor is the key anywhere on the server"
+
+
+async def test_no_key_is_told_of_a_background_response_either(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    """Read on by a second attempt, since the first has lost it."""
+    upstream.standing = Answer([Text("Hi"), Cut(), Fault("invalid_prompt", f"{KEY} may not ask {PROMPT}")])
+    upstream.then_refuse_retrieving(Refuse(503))
+    async with running_worker({**env, "SIM_KEY": KEY, "DELTAFAN_MAX_RETRIES": "0"}):
+        messages = [{"role": "user", "content": PROMPT}]
+        options: Any = {"api": "responses", "on_interrupt": "continue"}
+        job = await producer.submit(model="secret/x", messages=messages, **options)
+        with pytest.raises(JobFailed, match=r"\*\*\* may not ask \*\*\*") as caught:
+            await consumer.result(job.id, timeout=10)
+    assert caught.value.generation.attempt_no == 2

@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import timedelta
+from typing import Any
 
 import orjson
 import pytest
@@ -135,6 +136,50 @@ async def test_before_the_first_delta_a_call_is_retried_in_place(
     assert fold(events).content == "Hello, world!"
     assert [event.type for event in events].count("started") == 1
     assert len(upstream.requests) == 2
+
+
+@pytest.mark.parametrize("hears", [True, False], ids=["noted at once", "noted at the end"])
+async def test_each_call_that_was_made_has_a_record_of_its_own(
+    producer: Producer,
+    consumer: Consumer,
+    env: dict[str, str],
+    upstream: ScriptedUpstream,
+    redis: Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    hears: bool,
+) -> None:
+    """A model that was given up before its first delta may have cost something; a request that was refused has not."""
+    gate = asyncio.Event()
+    upstream.then([asyncio.Event()], script.Refuse(503), [gate, *script.text("Hi")])
+    state = "deltafan:{j}:state"
+    if not hears:
+        monkeypatch.setattr("deltafan_worker._writer.StreamWriter._note", lambda *_: None)
+    async with running_worker(env):
+        await producer.submit(model="sim", messages=HI, job_id="j", timeouts={"first_delta_s": 0.3})
+        await wait_until(lambda: len(upstream.requests) == 3, "the third request is made")
+        fields: Any = await redis.hgetall(state)  # type: ignore[misc]
+        calls = [name for name in fields if name.startswith(b"u:")]
+        assert len(calls) == 1 + hears, "should the worker vanish now, both calls are billed"
+        gate.set()
+        assert (await consumer.result("j", timeout=10)).content == "Hi"
+        await wait_until(lambda: redis.exists("arq:result:j"), "the job is closed")
+    records = await ledger(redis)
+    assert sorted((r.outcome, r.source, r.attempt_no) for r in records) == [
+        ("completed", "provider", 1),
+        ("failed", "none", 1),
+    ]
+    assert len({record.call_id for record in records}) == 2
+    assert [record.cost_note for record in records if record.source == "none"] == ["nobody has told what was used"]
+
+
+async def test_a_call_that_was_made_is_billed_although_its_job_goes_back_to_wait(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: Redis
+) -> None:
+    upstream.then([asyncio.Event()])
+    job = await producer.submit(model="narrow/x", messages=HI, lane="batch", timeouts={"first_delta_s": 0.2})
+    await consumer.result(job.id, timeout=20)
+    await wait_until(lambda: redis.exists(f"arq:result:{job.id}"), "the job is closed")
+    assert sorted((r.outcome, r.attempt_no) for r in await ledger(redis)) == [("completed", 1), ("failed", 1)]
 
 
 async def test_after_the_first_delta_a_broken_answer_starts_over_visibly(

@@ -96,9 +96,9 @@ async def test_an_acknowledged_cancel_wins_over_an_answer_that_is_whole(scripts:
 
 async def test_a_response_belongs_to_its_call_only(scripts: Scripts) -> None:
     await scripts.begin("a", 1, call="c1")
-    assert await scripts("note_response", "a", "c1 openai resp_1") == 1
+    assert await scripts("note", "a", "response", "c1 openai resp_1") == 1
     await scripts.begin("b", 1, prev="a", mode="restart", call="c1")
     assert await scripts.redis.hget(KEYS[1], "response") == b"c1 openai resp_1", "whoever goes on finds it"
     await scripts.begin("c", 1, prev="b", mode="restart", call="c2")
     assert await scripts.redis.hget(KEYS[1], "response") is None, "and another call does not"
-    assert await scripts("note_response", "a", "c1 openai resp_1") == 0, "nor does a late note come back"
+    assert await scripts("note", "a", "response", "c1 openai resp_1") == 0, "nor does a late note come back"

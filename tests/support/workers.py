@@ -39,6 +39,11 @@ continuation = "continue_final_message"
 base_url = "{url}"
 api = "responses"
 continuation = "background"
+[providers.secret]
+base_url = "{url}"
+api = "responses"
+continuation = "background"
+api_key_env = "SIM_KEY"
 [providers.keyed]
 base_url = "{url}"
 api_key_env = "SIM_KEY"

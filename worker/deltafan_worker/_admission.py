@@ -15,6 +15,8 @@ from deltafan_worker._usage import normalise
 
 LONGEST_WAIT_S = 60.0
 """An interactive job that has begun holds its slot for no longer, waiting for room to call again."""
+LONGEST_PAUSE_S = 3600.0
+"""For so long one word of a provider keeps batch jobs away from it."""
 _LOOK_S = 1.0
 
 
@@ -108,7 +110,7 @@ class Admission:
     def refused(self, route: Route, error: UpstreamError, pause_s: float) -> None:
         """The provider has asked for less, or for money: let batch jobs leave it alone for a while."""
         if error.is_rate_limit or error.is_exhausted:
-            pause_s = self._quota_pause_s if error.is_exhausted else pause_s
+            pause_s = self._quota_pause_s if error.is_exhausted else min(pause_s, LONGEST_PAUSE_S)
             words = f"{error.code}: {error.message}"
             self._limits.refused(route, exhausted=error.is_exhausted, pause_s=pause_s, words=words)
             self._claim.limited = True

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from typing import Any
+from uuid import uuid4
 
 import aiohttp
 
@@ -21,12 +22,16 @@ from deltafan_worker._background import RESPONSE_LOST, BackgroundDecoder, Respon
 from deltafan_worker._cooldown import Cooldowns
 from deltafan_worker._decoder import Completion, Decoder
 from deltafan_worker._ending import CallMeter, Ending
-from deltafan_worker._retry import FIRST_PAUSE_S, pause_before
+from deltafan_worker._plain import texts_in
+from deltafan_worker._resumption import Plan
+from deltafan_worker._retry import FIRST_PAUSE_S, LONGEST_RETRY_AFTER_S, pause_before
 from deltafan_worker._route import Route
 from deltafan_worker._upstream import stream_generation, tell
 from deltafan_worker._upstream_error import UpstreamError, too_long
 from deltafan_worker._writer import StreamWriter
 
+SHORTEST_QUOTE = 12
+"""Characters. What is shorter in a prompt may be the provider's own word in its message."""
 _WAITS = 3
 """So often a job waits for a cool-down that others renew, before it sees for itself."""
 
@@ -57,19 +62,26 @@ class ModelCalls:
         Raises:
             MustWait: a batch job is to be given back until its providers have room.
         """
-        last = UpstreamError(code="no_provider", message="no provider is configured", retryable=False)
+        told = UpstreamError(code="no_provider", message="no provider is configured", retryable=False)
         remaining = sorted(routes, key=lambda route: self._cooldowns.left_s(route) > 0)
+        limited: list[Route] = []
         while remaining:
             route = remaining.pop(0)
+            has_others = bool(remaining)
             try:
-                return await self._ask(route, body, writer, meter, admission, has_others=bool(remaining))
+                return await self._ask(route, body, writer, meter, admission, has_others=has_others)
             except UpstreamError as error:
                 last = error
             if len(writer.log) or last.is_refused_everywhere:
-                break
-            if not remaining:
+                return _failed(last)
+            if last.retryable or not told.retryable:  # what passes is told rather than what does not
+                told = last
+            if has_others and last.is_rate_limit and (last.retry_after_s or 0) <= LONGEST_RETRY_AFTER_S:
+                limited.append(route)
+            if not remaining:  # those that were left because there were others
                 admission.step_aside(route, last)
-        return Ending.failed(last.code, last.message, retryable=last.retryable)
+                remaining, limited = limited, []
+        return _failed(told)
 
     async def _ask(
         self,
@@ -90,6 +102,7 @@ class ModelCalls:
             try:
                 ending = await self._find_and_call(route, body, writer, meter)
             except UpstreamError as error:
+                error.hide(_quotable(body))
                 pause_s = pause_before(retry, error, max_retries=self._max_retries, jitter=random.random())
                 cooldown_s = error.retry_after_s or pause_s or FIRST_PAUSE_S
                 if error.is_rate_limit:
@@ -133,7 +146,7 @@ class ModelCalls:
 
     async def _call(self, route: Route, body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter) -> Ending:
         decoder = APIS[route.api].decoder(route.model)
-        with self._metered(route, decoder, meter):
+        with _metered(route, decoder, writer, meter):
             call, publish = generating(route, body), _publishing(writer, meter)
             completion = await stream_generation(self._session, route, call, decoder, publish)
         return Ending.completed(completion.finish_reason)
@@ -145,7 +158,7 @@ class ModelCalls:
             lambda id_: writer.note_response(str(ResponseNote(meter.call_id, route.provider, id_)))
         )
         publish = _publishing(writer, meter)
-        with self._metered(route, decoder, meter):
+        with _metered(route, decoder, writer, meter):
             try:
                 call = generating(route, body)
                 completion = await stream_generation(self._session, route, call, decoder, publish)
@@ -166,17 +179,16 @@ class ModelCalls:
                 await self.end_background((route,), ResponseNote(meter.call_id, route.provider, response_id))
             raise
 
-    async def listen_again(
-        self, route: Route, note: ResponseNote, published: Sequence[Delta], writer: StreamWriter, meter: CallMeter
-    ) -> Ending:
-        """Read on in a response that another worker began, of which `published` is in the stream."""
-        decoder = BackgroundDecoder(lambda _id: None, note.id)
-        with self._metered(route, decoder, meter):
-            try:
-                publish = Unread(published, _publishing(writer, meter))
+    async def listen_again(self, plan: Plan, note: ResponseNote, writer: StreamWriter, meter: CallMeter) -> Ending:
+        """Read on in a response that another worker began."""
+        route, decoder = plan.routes[0], BackgroundDecoder(lambda _id: None, note.id)
+        publish = Unread(plan.published, _publishing(writer, meter))
+        try:
+            with _metered(route, decoder, writer, meter):
                 completion = await self._listen(route, note.id, decoder, publish)
-            except UpstreamError as error:
-                return Ending.failed(error.code, error.message, retryable=error.retryable)
+        except UpstreamError as error:
+            error.hide(_quotable(plan.body))
+            return _failed(error)
         return Ending.completed(completion.finish_reason)
 
     async def _listen(
@@ -208,15 +220,34 @@ class ModelCalls:
                     await tell(self._session, ending(route, response.id), within_s=5.0)
                 return
 
-    @contextmanager
-    def _metered(self, route: Route, decoder: Decoder, meter: CallMeter) -> Iterator[None]:
-        clock = asyncio.get_running_loop().time
-        meter.route, meter.started_at_ms, meter.started_s = route, time.time_ns() // 1_000_000, clock()
-        try:
-            yield
-        finally:
-            meter.ended_s = clock()
-            meter.note(decoder)
+
+@contextmanager
+def _metered(route: Route, decoder: Decoder, writer: StreamWriter, meter: CallMeter) -> Iterator[None]:
+    """Measure a call. One that is repeated leaves its record first, under an id of its own."""
+    clock = asyncio.get_running_loop().time
+    if meter.was_taken:
+        record = meter.record("failed", attempt=writer.attempt, attempt_no=writer.attempt_no)
+        writer.note_call(replace(record, call_id=uuid4().hex))
+    meter.route, meter.started_at_ms, meter.started_s = route, time.time_ns() // 1_000_000, clock()
+    try:
+        yield
+    except UpstreamError as error:
+        error.hide(route.secrets)
+        meter.was_taken = not (error.was_refused or error.is_wrong_path)
+        raise
+    finally:
+        meter.ended_s = clock()
+        meter.note(decoder)
+
+
+def _failed(error: UpstreamError) -> Ending:
+    return Ending.failed(error.code, error.message, retryable=error.retryable)
+
+
+def _quotable(body: Mapping[str, Any]) -> Iterator[str]:
+    """The texts of a prompt, as far as they can be told from words of the provider's own."""
+    prompt = [body.get(name) for name in ("messages", "input", "prompt", "instructions")]
+    return (text for text in texts_in(prompt) if len(text) >= SHORTEST_QUOTE)
 
 
 def _publishing(writer: StreamWriter, meter: CallMeter) -> Callable[[list[Delta]], None]:

@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from deltafan._keys import Keys
+from deltafan._lua import load
 from deltafan._resp import Handler, Reply, ignore, pack
 from deltafan_worker._route import Route
 
+_COOL_DOWN = load("cool_down", "deltafan_worker", using=())
 LONGEST_S = 60.0
 """No single word of a provider silences a fleet for longer; the next refusal renews it."""
 
@@ -39,7 +41,7 @@ class Cooldowns:
             return
         key = self._key(route)
         self._until[key] = self._clock() + pause_s
-        self._send(pack("SET", key, 1, "PX", max(1, math.ceil(pause_s * 1000))), ignore)
+        self._send(pack("EVAL", _COOL_DOWN.source, 1, key, max(1, math.ceil(pause_s * 1000))), ignore)
 
     def left_s(self, route: Route) -> float:
         """Seconds for which the provider is still to be left alone; 0 when it is not."""

@@ -76,6 +76,8 @@ class CallMeter:
     deltas: int = 0
     raw_usage: Mapping[str, Any] | None = None
     response_id: str | None = None
+    was_taken: bool = False
+    """The provider took the request, and the call failed: another one needs a record of its own."""
 
     def note(self, decoder: Decoder) -> None:
         """What a decoder has heard of usage and id."""
@@ -98,7 +100,7 @@ class CallMeter:
         elif output_bytes:
             counts, source = estimate(output_bytes), "estimated"
         else:
-            return bare
+            return replace(bare, cost_note="nobody has told what was used")
         price = cost(counts, self.route.price)
         return replace(
             bare,

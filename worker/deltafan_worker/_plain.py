@@ -1,11 +1,14 @@
 """Values as JSON can hold them: servers send halves of UTF-16 pairs, endless numbers, and nests without a bottom."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import orjson
 
 _DEEPEST = 64
 """Levels that are kept of a nest. orjson reads a thousand and writes 254."""
+
+_NAMES = ("type", "role", "name", "status", "id", "call_id", "tool_call_id")
 
 
 def whole_characters(text: str) -> str:
@@ -24,6 +27,19 @@ def plain(value: Any, levels: int = _DEEPEST) -> Any:
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         return None
     return value
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in the messages of a prompt, but for the names of things."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            if name not in _NAMES:
+                yield from texts_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from texts_in(inner)
 
 
 def json_text(value: Any) -> str:

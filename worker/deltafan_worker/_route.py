@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeAlias
 
 from deltafan_worker._usage import Price
 
+_SHORTEST_SECRET = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeouts:
@@ -70,3 +72,9 @@ class Route:
     """For this model at this provider."""
     max_output_bytes: int = 16 * 1024 * 1024
     """What is longer is cut."""
+
+    @property
+    def secrets(self) -> list[str]:
+        """What of the headers must not be shown, should a provider repeat it."""
+        values = (value.removeprefix("Bearer ") for value in self.headers.values())
+        return [value for value in values if len(value) >= _SHORTEST_SECRET]

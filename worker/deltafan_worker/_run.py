@@ -168,7 +168,8 @@ class JobRunner:
             try:
                 ending = await self._generate(job, writer, meter, plan)
             except MustWait:
-                if await writer.hand_over(b"", unless_cancelled=True):
+                note = _note(meter, writer, "failed") if meter and meter.was_taken else b""
+                if await writer.hand_over(note, unless_cancelled=True):
                     raise
                 ending = Ending.cancelled("requested")
             if ending is None:
@@ -248,7 +249,7 @@ class JobRunner:
         if left_s == 0.0:  # a timeout of 0 would still let a request out on a connection that is open
             writer.interrupt.cut(Reason.DEADLINE)
         if plan.response is not None:
-            call = self._calls.listen_again(plan.routes[0], plan.response, plan.published, writer, meter)
+            call = self._calls.listen_again(plan, plan.response, writer, meter)
         else:
             call = self._calls.answer(plan.routes, plan.body, writer, meter, job.admission)
         try:
@@ -278,7 +279,7 @@ class JobRunner:
 
     def _settle(self, claim: Claim, verdict: Ended | NotOurs, writer: StreamWriter, meter: CallMeter | None) -> None:
         if isinstance(verdict, Ended):
-            claim.leave, claim.status, claim.notes = Leave.FINISH, verdict.status, verdict.notes
+            claim.leave, claim.status, claim.notes = Leave.FINISH, verdict.status, writer.with_noted(verdict.notes)
             return
         delay_ms = 0 if writer.interrupt.reason is Reason.HAND_OVER else RELEASE_DELAY_MS
         claim.leave, claim.status, claim.release_delay_ms = Leave.RELEASE, "running", delay_ms
@@ -356,8 +357,8 @@ def _was_made(meter: CallMeter) -> bool:
 def _notes_of(meter: CallMeter | None, writer: StreamWriter) -> tuple[tuple[str, bytes], ...]:
     """The bill of a call whose job is another's now; none for a response that is read on there."""
     if meter is None or not _was_made(meter) or meter.response is not None:
-        return ()
-    return ((meter.call_id, _note(meter, writer, "interrupted")),)
+        return writer.with_noted(())
+    return writer.with_noted([(meter.call_id, _note(meter, writer, "interrupted"))])
 
 
 def _ending_of(interrupt: Interrupt) -> Ending | None:

@@ -28,6 +28,9 @@ class SseEvent(NamedTuple):
     data: bytes
     status: int | None
 
+    def __repr__(self) -> str:
+        return f"SseEvent({self.event!r}, {len(self.data)} bytes, {self.status})"
+
 
 class SseLimitExceeded(Exception):
     """An event is larger than the decoder's limit; the stream can not be read further."""

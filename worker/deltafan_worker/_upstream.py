@@ -145,10 +145,10 @@ async def _open(session: aiohttp.ClientSession, route: Route, call: HttpCall) ->
         response = await session.request(call.method, call.url, data=call.data, **options)
     except (aiohttp.ServerTimeoutError, aiohttp.ConnectionTimeoutError):
         message = f"{route.provider} did not accept a connection within {route.timeouts.connect_s:g} s"
-        raise UpstreamError(code="connect_timeout", message=message, retryable=True) from None
+        raise UpstreamError(code="connect_timeout", message=message, retryable=True, was_refused=True) from None
     except aiohttp.ClientConnectorError as error:
         message = f"{route.provider} can not be reached ({error.os_error.strerror or 'no address'})"
-        raise UpstreamError(code="connect_failed", message=message, retryable=True) from error
+        raise UpstreamError(code="connect_failed", message=message, retryable=True, was_refused=True) from error
     except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
         # Mostly a kept-alive connection that the server closed at the moment when it was used again.
         message = f"the connection to {route.provider} broke ({type(error).__name__})"

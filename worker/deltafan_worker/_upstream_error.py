@@ -56,6 +56,7 @@ class UpstreamError(Exception):
         retry_after_s: float | None = None,
         request_id: str | None = None,
         at_once: bool = False,
+        was_refused: bool = False,
     ) -> None:
         self._code = whole_characters(code)
         self._message = whole_characters(message)
@@ -65,6 +66,8 @@ class UpstreamError(Exception):
         self.request_id = whole_characters(request_id) if request_id else None
         self.at_once = at_once
         """Whether the first retry need not wait: nothing says that the provider has too much to do."""
+        self.was_refused = was_refused
+        """Whether the request was turned away, so that no model was called."""
         super().__init__()
 
     @property
@@ -134,6 +137,7 @@ def from_response(status: int, headers: Mapping[str, str], body: bytes, *, now_s
         status=status,
         retry_after_s=_retry_after_s(lowered, now_s),
         request_id=request_id or lowered.get("x-request-id"),
+        was_refused=True,
     )
 
 

@@ -3,15 +3,18 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from uuid import uuid4
+
+import orjson
 
 from deltafan._events import Delta
 from deltafan._lua import Script, load
 from deltafan._position import Position
 from deltafan._resp import Argument, Reply, ServerError, ignore, pack
 from deltafan._retention import Retention
+from deltafan._usage import UsageRecord
 from deltafan_worker._interrupt import Interrupt, Reason
 from deltafan_worker._log import AttemptLog, append_head
 
@@ -23,8 +26,8 @@ log = logging.getLogger("deltafan.writer")
 MAX_REPLAYS = 5
 """How often one run writes its stream anew before it gives up: a server that keeps losing keys is not noeviction."""
 
-_BEGIN, _COMPARE, _FINISH, _HAND_OVER, _NOTE_RESPONSE, _REST = (
-    load(name, "deltafan_worker") for name in ("begin", "compare", "finish", "hand_over", "note_response", "rest")
+_BEGIN, _COMPARE, _FINISH, _HAND_OVER, _NOTE, _REST = (
+    load(name, "deltafan_worker") for name in ("begin", "compare", "finish", "hand_over", "note", "rest")
 )
 
 
@@ -88,8 +91,8 @@ class Sealed:
     """What the last entry of an attempt is made of."""
 
     type: str
-    data: bytes
-    result: bytes
+    data: bytes = field(repr=False)
+    result: bytes = field(repr=False)
     note: bytes
 
 
@@ -118,6 +121,7 @@ class StreamWriter:
         self.live_ms = retention.live_ms
         self.run = ""
         self._call = Call("", "", "")
+        self._noted: dict[str, bytes] = {}
         self._sent = 0
         self._flowing = False
         self._doubtful = False
@@ -243,8 +247,21 @@ class StreamWriter:
 
     def note_response(self, note: str) -> None:
         """Note where the upstream response can be found again; best effort, nobody waits for it."""
-        keys, args = self._keys, (self.run, note)
-        self._publisher.send(pack("EVAL", _NOTE_RESPONSE.source, len(keys), *keys, *args), ignore)
+        self._note("response", note.encode())
+
+    def note_call(self, record: UsageRecord) -> None:
+        """Keep the record of a call that will be repeated: here, and should we vanish in the job's state."""
+        note = orjson.dumps(record.to_json())
+        self._noted[record.call_id] = note
+        self._note(f"u:{record.call_id}", note)
+
+    def with_noted(self, notes: Iterable[tuple[str, bytes]]) -> tuple[tuple[str, bytes], ...]:
+        """These usage notes, and those of calls that were repeated."""
+        return tuple((self._noted | dict(notes)).items())
+
+    def _note(self, field: str, value: bytes) -> None:
+        keys, args = self._keys, (self.run, field, value)
+        self._publisher.send(pack("EVAL", _NOTE.source, len(keys), *keys, *args), ignore)
 
     def close(self) -> None:
         """Leave the publisher: nothing more is sent for this job."""
