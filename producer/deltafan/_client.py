@@ -25,34 +25,37 @@ ScriptCall: TypeAlias = tuple[Sequence[str], Sequence[Argument]]
 """Keys and arguments of one call of a script."""
 
 _RETRY_PAUSE_S = 0.05
+_PATIENCE_S = 10.0
+_SILENCE_S = 3.0
 
 
 class RedisClient:
     """Sends commands and scripts, again when the connection breaks before their reply.
 
     So everything sent through it must be safe to repeat, which every script of ours is. The first connection is
-    made on entering, and fails within `connect_timeout_s`; later a lost server is waited for up to `patience_s`.
+    made on entering, and fails within `connect_timeout_s`; later a lost server is waited for, for 10 s. A connection
+    that says nothing for some seconds is replaced before that; `waits_s` is how much longer a command may take to be
+    answered that waits on purpose.
     """
 
-    def __init__(self, url: str, *, connect_timeout_s: float = 1.0, patience_s: float = 10.0) -> None:
+    def __init__(self, url: str, *, connect_timeout_s: float = 1.0, waits_s: float = 0.0) -> None:
         self.url = url
         self._connect_timeout_s = connect_timeout_s
-        self._patience_s = patience_s
+        self._patience_s = _PATIENCE_S + waits_s
+        self._silence_s = _SILENCE_S + waits_s
         self._connection: RespConnection | None = None
         self._opening = asyncio.Lock()
         self._closed = False
 
     async def __aenter__(self) -> Self:
-        self._connection = await open_connection(self.url, timeout_s=self._connect_timeout_s)
+        self._connection = await self._connect()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closed = True
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        self._drop()
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Reply:
         """Run a script. One round trip."""
@@ -88,26 +91,30 @@ class RedisClient:
                         connection.close()
                         await asyncio.sleep(_RETRY_PAUSE_S)
         except TimeoutError:
-            self._abandon()
             raise RedisUnavailable(masked_url(self.url), f"no answer within {self._patience_s:g} s") from None
         except ServerError as error:
             raise RedisUnavailable(masked_url(self.url), f"it refused a command ({error})") from error
 
     async def _open(self) -> RespConnection:
         async with self._opening:
-            if self._closed:
-                raise RuntimeError("this client is closed: use it inside its `async with` block")
-            while self._connection is None or self._connection.is_lost:
+            while True:
+                if self._closed:  # perhaps while a connection was being opened
+                    self._drop()
+                    raise RuntimeError("this client is closed: use it inside its `async with` block")
+                if self._connection is not None and not self._connection.is_lost:
+                    return self._connection
                 try:
-                    self._connection = await open_connection(self.url, timeout_s=self._connect_timeout_s)
+                    self._connection = await self._connect()
                 except RedisUnavailable:
                     await asyncio.sleep(_RETRY_PAUSE_S)
-            return self._connection
 
-    def _abandon(self) -> None:
-        # A server that stopped answering owes us replies; on a fresh connection it owes nothing.
-        if self._connection is not None:
-            self._connection.close()
+    async def _connect(self) -> RespConnection:
+        return await open_connection(self.url, timeout_s=self._connect_timeout_s, silence_s=self._silence_s)
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
 
 async def _pipeline(connection: RespConnection, commands: Sequence[bytes]) -> list[Reply]:

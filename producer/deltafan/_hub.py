@@ -20,7 +20,6 @@ from deltafan._resp import (
     ConnectionLost,
     Handler,
     Reply,
-    RespConnection,
     ServerError,
     ignore,
     is_passing,
@@ -79,7 +78,7 @@ class Hub:
         self._requests: list[tuple[bytes, int, Callable[[list[Reply] | None], None]]] = []
         self._unanswered = 0
         self._round_scheduled = False
-        self._on_pong: Handler = ignore
+        self._must_subscribe = False
         self._failure: Exception | None = None
 
     @property
@@ -101,8 +100,7 @@ class Hub:
             raise
         bells.listen(self._on_push)
         self._bells, self._reads, self._unanswered = bells, reads, 0
-        if self._channels:
-            self._bells.send(pack("SUBSCRIBE", *self._channels), ())
+        self._subscribe()
 
     def close(self) -> None:
         """Drop both connections."""
@@ -192,16 +190,18 @@ class Hub:
             log.info("Redis at %s: connected again, readers go on", masked_url(self._url))
 
     async def _sweep_until_lost(self) -> None:
-        """Return when a connection is lost, or has not answered for a whole sweep."""
+        """Return when a connection is lost, or has said nothing for a whole sweep."""
         while True:
-            answers: set[RespConnection] = set()
-            self._reads.send(pack("PING"), [partial(_note, answers, self._reads)])
-            self._on_pong = partial(_note, answers, self._bells)
+            both = (self._bells, self._reads)
+            # A PING may be answered behind a page that takes long to arrive: whatever arrives is a sign of life.
+            received = [connection.received_bytes for connection in both]
+            self._reads.send(pack("PING"), [ignore])
             self._bells.send(pack("PING"), ())
             await asyncio.wait(
                 [self._bells.lost, self._reads.lost], timeout=SWEEP_S, return_when=asyncio.FIRST_COMPLETED
             )
-            if self._bells.is_lost or self._reads.is_lost or len(answers) < 2:
+            heard = [connection.received_bytes > before for connection, before in zip(both, received, strict=True)]
+            if self._bells.is_lost or self._reads.is_lost or not all(heard):
                 return
             self._sweep()
 
@@ -218,19 +218,28 @@ class Hub:
                 said = str(error)
         self._sweep()
 
+    def _subscribe(self) -> None:
+        self._must_subscribe = False
+        if self._channels:
+            self._bells.send(pack("SUBSCRIBE", *self._channels), ())
+
     def _sweep(self) -> None:
+        if self._must_subscribe:
+            self._subscribe()
         for channel in tuple(self._channels.values()):
             for listener in tuple(channel.listeners):
                 listener.on_sweep()
 
     def _on_push(self, reply: Reply) -> None:
-        if isinstance(reply, ServerError):  # only a subscription can be refused
+        if _is_passing(reply):  # a PING or a subscription; which one it does not say
+            self._must_subscribe = True
+            return
+        if isinstance(reply, ServerError):  # only a subscription can be refused for good
             error = RedisUnavailable(self.shown_url, f"it refused SUBSCRIBE ({reply}); readers need their channels")
             for asked in self._channels.values():
                 asked.confirm(error)
             return
         if not isinstance(reply, list) or len(reply) != 3:  # the answer to a PING, in one form or the other
-            self._on_pong(reply)
             return
         kind, name, payload = reply
         channel = self._channels.get(name)
@@ -268,10 +277,6 @@ class Hub:
 
 def _is_passing(reply: Reply) -> bool:
     return isinstance(reply, ServerError) and is_passing(reply)
-
-
-def _note(answers: set[RespConnection], connection: RespConnection, _reply: Reply) -> None:
-    answers.add(connection)
 
 
 def _settle(future: "asyncio.Future[list[Reply] | None]", replies: list[Reply] | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import islice
 from secrets import token_hex
 from typing import Any, Literal, Self
@@ -107,11 +108,11 @@ class Producer:
         Raises:
             RedisUnavailable: no server answers within `connect_timeout_s`.
         """
+        open_client = partial(RedisClient, connect_timeout_s=connect_timeout_s, waits_s=replicas_timeout_ms / 1000)
         async with AsyncExitStack() as stack:
-            queue = await stack.enter_async_context(RedisClient(redis_url, connect_timeout_s=connect_timeout_s))
-            streams = queue
+            queue = streams = await stack.enter_async_context(open_client(redis_url))
             if streams_url is not None and streams_url != redis_url:
-                streams = await stack.enter_async_context(RedisClient(streams_url, connect_timeout_s=connect_timeout_s))
+                streams = await stack.enter_async_context(open_client(streams_url))
             yield cls(
                 streams,
                 queue,

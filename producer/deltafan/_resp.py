@@ -33,11 +33,11 @@ class ServerError(Exception):
     """The server's error reply to one command."""
 
 
-_PASSING = ("LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN")
+_PASSING = ("LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN", "BUSY ")
 
 
 def is_passing(error: ServerError) -> bool:
-    """Whether a server refuses that is starting or being replaced: it, or its successor, may be ready soon."""
+    """Whether a server refuses that is starting, being replaced or held up by a slow script: it may be ready soon."""
     return str(error).startswith(_PASSING)
 
 
@@ -67,19 +67,24 @@ def raise_error(reply: Reply) -> Reply:
 
 
 class RespConnection(asyncio.Protocol):
-    """An open connection. Made by `open_connection`; whoever opens it closes it."""
+    """An open connection. Made by `open_connection`; whoever opens it closes it.
 
-    def __init__(self, opened: AbstractConnection) -> None:
+    With `silence_s` it is closed when replies are owed and nothing has moved for so long, twice at most: a firewall
+    may have forgotten the connection, and nobody would ever say so.
+    """
+
+    def __init__(self, opened: AbstractConnection, silence_s: float | None = None) -> None:
         # Kept: redis-py's object owns the socket and would close it when collected.
         self._opened = opened
         self._reader = hiredis.Reader(replyError=ServerError, notEnoughData=_INCOMPLETE)
         self._handlers: deque[Handler] = deque()
         self._push: Handler | None = None
-        self._clock = asyncio.get_running_loop().time
-        self.heard = self._clock()
-        """When the other side was last heard, by the loop's clock."""
         self.sent_bytes = 0
         """In all, whether they have left already or not."""
+        self._silence_s = silence_s
+        self._watch: asyncio.TimerHandle | None = None
+        self.received_bytes = 0
+        """So far: while their number grows the server is alive, whatever it owes."""
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transport = cast(asyncio.Transport, opened._writer.transport)  # type: ignore[union-attr]  # noqa: SLF001  held by a contract test
         self._transport.set_protocol(self)
@@ -97,6 +102,8 @@ class RespConnection(asyncio.Protocol):
             self._fail_handlers()
         else:
             self._transport.write(data)
+            if self._watch is None and self._silence_s is not None:
+                self._look_later(self._silence_s)
 
     def call(self, *args: Argument) -> asyncio.Future[Reply]:
         """Send one command; the future has its reply, or raises ServerError or ConnectionLost."""
@@ -144,8 +151,8 @@ class RespConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
-        self.heard = self._clock()
         reader, handlers = self._reader, self._handlers
+        self.received_bytes += len(data)
         reader.feed(data)
         while (reply := reader.gets()) is not _INCOMPLETE:
             if self._push is not None:
@@ -163,7 +170,24 @@ class RespConnection(asyncio.Protocol):
         """Called by the event loop."""
         self._end()
 
+    def _look_later(self, silence_s: float) -> None:
+        now = self.received_bytes, self._transport.get_write_buffer_size()
+        self._watch = asyncio.get_running_loop().call_later(silence_s, self._look, silence_s, *now)
+
+    def _look(self, silence_s: float, received: int, unsent: int) -> None:
+        self._watch = None
+        if not self._handlers:
+            return
+        # A large command goes out slowly, and is answered only then.
+        if self.received_bytes > received or self._transport.get_write_buffer_size() < unsent:
+            self._look_later(silence_s)
+        else:
+            self.close()
+
     def _end(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
         if not self.lost.done():
             self.lost.set_result(None)
             # redis-py's object is not to close, or complain of, what is closed.
@@ -176,7 +200,9 @@ class RespConnection(asyncio.Protocol):
             self._handlers.popleft()(error)
 
 
-async def open_connection(url: str, *, timeout_s: float, name: str = "deltafan") -> RespConnection:
+async def open_connection(
+    url: str, *, timeout_s: float, name: str = "deltafan", silence_s: float | None = None
+) -> RespConnection:
     """Open a connection to the server that `url` names (redis://, rediss://, unix://).
 
     Raises:
@@ -187,7 +213,8 @@ async def open_connection(url: str, *, timeout_s: float, name: str = "deltafan")
         opened = _redis_connection(url, timeout_s, name)
         async with asyncio.timeout(timeout_s):
             await opened.connect()
-    except (RedisError, OSError, ValueError, RuntimeError) as error:  # the last: uvloop, of a transport cut meanwhile
+    # RuntimeError: uvloop, of a transport cut meanwhile. TypeError: an option in the URL that redis-py does not know.
+    except (RedisError, OSError, ValueError, RuntimeError, TypeError) as error:
         await _discard(opened)
         raise RedisUnavailable(masked_url(url), _explain(url, error)) from (
             None if masked_url(url) == UNREADABLE else error
@@ -195,7 +222,7 @@ async def open_connection(url: str, *, timeout_s: float, name: str = "deltafan")
     except BaseException:
         await _discard(opened)
         raise
-    return RespConnection(opened)
+    return RespConnection(opened, silence_s)
 
 
 def _redis_connection(url: str, timeout_s: float, name: str) -> AbstractConnection:
@@ -225,6 +252,8 @@ def _explain(url: str, error: Exception) -> str:
         return "this is no URL of a server; percent-encode what its password holds of /, ?, # and @"
     if isinstance(error, AuthenticationError):
         return f"it refused the credentials ({error})"
+    if isinstance(error, TypeError):
+        return f"an option of this URL is not known ({error})"
     if isinstance(error, TimeoutError):
         return "no answer in time"
     return f"can not be reached ({error})"

@@ -1,18 +1,20 @@
 """Readers in trouble: each learns of its own, nobody of another's, and nobody waits for what will not come."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
 import orjson
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
-from deltafan import Consumer, InvalidPosition, InvalidRequest, Producer, RedisUnavailable
+from deltafan import Consumer, InvalidPosition, InvalidRequest, JobCancelled, Producer, RedisUnavailable
 from deltafan._errors import ProtocolError
 from deltafan._hub import Hub
-from support.valkey import Valkey
+from support.valkey import Valkey, valkey_server
 from support.waiting import wait_until
 
 pytestmark = pytest.mark.client
@@ -142,6 +144,49 @@ async def test_a_server_that_changes_its_role_is_waited_for(fresh_valkey: Valkey
             assert (await asyncio.wait_for(asking, 5)).status == "queued"
             await write(redis, "5-0", "started", {"mode": "fresh"})
             assert (await asyncio.wait_for(reading, 10)).type == "started"
+
+
+@asynccontextmanager
+async def slow_script(server: Valkey) -> AsyncIterator[None]:
+    """Somebody's script that does not end; until the block's end the server answers BUSY."""
+    async with Redis.from_url(server.url) as theirs, Redis.from_url(server.url) as redis:
+        running = asyncio.ensure_future(theirs.eval("while true do end", 0))
+
+        async def is_busy() -> bool:
+            try:
+                await redis.ping()
+            except ResponseError as error:
+                return "is busy" in str(error)
+            return False
+
+        await wait_until(is_busy, "it is busy")
+        yield
+        await redis.script_kill()
+        with pytest.raises(ResponseError):
+            await running
+
+
+async def test_somebodys_slow_script_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltafan._hub.SWEEP_S", 0.2)
+    with valkey_server(**{"busy-reply-threshold": 50}) as server:
+        async with Redis.from_url(server.url) as redis, Producer.connect(server.url) as producer:
+            await producer.submit_many([{"model": "m", "messages": HI, "job_id": job_id} for job_id in "jk"])
+            await write(redis, "5-0", "started", {"mode": "fresh"})
+            async with Consumer.connect(server.url) as consumer, consumer.tail("j") as events:
+                await anext(events)
+                async with slow_script(server):
+                    received = consumer._hub._bells.received_bytes
+                    reading = asyncio.ensure_future(anext(events))
+                    submitting = asyncio.create_task(producer.submit(model="m", messages=HI))
+                    asking = asyncio.create_task(consumer.snapshot("j"))
+                    joining = asyncio.create_task(consumer.result("k"))
+                    await wait_until(lambda: consumer._hub._bells.received_bytes > received, "its subscription is refused")
+                assert (await asyncio.wait_for(submitting, 5)).created
+                assert (await asyncio.wait_for(asking, 5)).status == "running"
+                assert [await producer.cancel(job_id) for job_id in "jk"] == ["cancelled"] * 2
+                assert (await asyncio.wait_for(reading, 5)).type == "cancelled"
+                with pytest.raises(JobCancelled):
+                    await asyncio.wait_for(joining, 5)
 
 
 async def _says_masterdown(redis: Redis) -> bool:

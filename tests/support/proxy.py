@@ -34,6 +34,7 @@ class TcpProxy:
     def __init__(self, host: str, port: int) -> None:
         self._target = (host, port)
         self._links: set[_Link] = set()
+        self._forgotten: set[_Link] = set()
         self._handlers: set[asyncio.Task[None]] = set()
         self._flowing = asyncio.Event()
         self._flowing.set()
@@ -80,6 +81,10 @@ class TcpProxy:
     def is_about_to_cut(self) -> bool:
         """Whether that is still to come."""
         return self._reply_bytes_left is not None
+
+    def forget(self) -> None:
+        """Swallow whatever is sent over the connections that are open now, as a forgetful firewall does."""
+        self._forgotten |= self._links
 
     def pause(self) -> None:
         """Hold whatever is sent, either way; connections stay open."""
@@ -130,6 +135,7 @@ class TcpProxy:
                 directions.create_task(self._pass_on(from_server, to_client, link, replies=True))
         finally:
             self._links.discard(link)
+            self._forgotten.discard(link)
             link.close()
 
     async def _pass_on(
@@ -142,6 +148,8 @@ class TcpProxy:
                 if self.bytes_per_s is not None and not replies:
                     await simulated_delay(len(data) / self.bytes_per_s)
                 await self._flowing.wait()
+                if link in self._forgotten:
+                    continue
                 passed = self._within_limit(data) if replies else data
                 writer.write(passed)
                 await writer.drain()

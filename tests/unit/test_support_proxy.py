@@ -47,6 +47,17 @@ async def test_a_cut_breaks_what_is_open_and_nothing_after_it(client: Redis, pro
     assert await client.ping()
 
 
+async def test_what_is_forgotten_stays_open_and_silent_and_new_connections_work(
+    client: Redis, proxy: TcpProxy, valkey: Valkey
+) -> None:
+    await client.ping()
+    proxy.forget()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(client.ping(), 0.1)
+    async with Redis.from_url(proxy.url) as other:
+        assert await other.ping()
+
+
 async def _is_blocked(client: Redis) -> bool:
     return bool((await client.info("clients"))["blocked_clients"])
 

@@ -161,12 +161,12 @@ class Publisher:
 
         A connection on which nothing is heard for a beat is lost; for longer, where much is under way on it.
         """
-        clock, silent_beats = asyncio.get_running_loop().time, 0
+        silent_beats = 0
         while True:
-            asked_s = clock()
+            received_bytes = connection.received_bytes
             self._beat(connection)
             await asyncio.wait([connection.lost], timeout=self._beat_s)
-            silent_beats = 0 if connection.heard >= asked_s else silent_beats + 1
+            silent_beats = 0 if connection.received_bytes > received_bytes else silent_beats + 1
             under_way_bytes = connection.sent_bytes - self._taken_bytes
             if connection.is_lost or silent_beats * self._beat_s > under_way_bytes / _SLOWEST_LINK_BYTES_PER_S:
                 return
