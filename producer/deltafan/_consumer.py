@@ -2,12 +2,20 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from typing import NamedTuple, Self, cast
 
 import orjson
 
-from deltafan._errors import JobCancelled, JobFailed, JobNotFound, ResultTimeout, StreamExpired
+from deltafan._errors import (
+    JobCancelled,
+    JobError,
+    JobFailed,
+    JobNotFound,
+    ProtocolError,
+    ResultTimeout,
+    StreamExpired,
+)
 from deltafan._events import CANCELLED, COMPLETED, FAILED, TERMINAL_TYPES, Event
 from deltafan._fold import Fold, Generation
 from deltafan._follow import Follower, RawEntry
@@ -16,7 +24,10 @@ from deltafan._keys import ARQ_JOB, Keys
 from deltafan._position import Position
 from deltafan._request import check_job_id
 from deltafan._resp import pack
-from deltafan._tail import PAGE, Feeds, Tail
+from deltafan._tail import PAGE, Feeds, Tail, take
+
+_FIRST_LOOK_S = 1.0
+"""How long the first look at a result may take, however short its caller's timeout."""
 
 
 class TurnEvent(NamedTuple):
@@ -62,7 +73,7 @@ class Consumer:
 
         Raises:
             InvalidPosition: `after` is not a position.
-            JobNotFound, StreamExpired: from the iteration.
+            InvalidPosition, JobNotFound, StreamExpired: from the iteration; the first when `after` is beyond the end.
         """
         return self._feeds.tail(check_job_id(job_id), None if after is None else Position.parse(after))
 
@@ -88,7 +99,7 @@ class Consumer:
             async with self.tail(turn, after=after) as events:
                 async for event in events:
                     yield TurnEvent(turn, event)
-            generation = await self._look_up(turn)
+            generation = await self._look_up(turn, for_ever=True)
             asks = generation.status == COMPLETED and generation.tool_calls
             turn, after = await self._next_turn(turn) if asks else None, None
 
@@ -98,11 +109,11 @@ class Consumer:
         async with self._hub.listening(self._keys.bell(job_id), watch):
             while True:
                 is_known, following = await self._hub.ask(
-                    pack("EXISTS", state(job_id)), pack("HGET", state(job_id), "next")
+                    pack("EXISTS", state(job_id)), pack("HGET", state(job_id), "next"), for_ever=True
                 )
                 if following is not None:
                     # It has its name before it is submitted, so that a repeated submit is the same job.
-                    (is_submitted,) = await self._hub.ask(pack("EXISTS", state(following.decode())))
+                    (is_submitted,) = await self._hub.ask(pack("EXISTS", state(following.decode())), for_ever=True)
                     if is_submitted:
                         return cast(bytes, following).decode()
                 elif not is_known:
@@ -112,9 +123,13 @@ class Consumer:
     async def snapshot(self, job_id: str) -> Generation:
         """What the job has produced so far. Tail on from `snapshot.position` to go on without a gap or a repeat.
 
+        Should an attempt follow that goes on from a position before it (`event.started.from_`), which takes a failover
+        that has lost entries, take a new snapshot: this one does not say where its text is to be cut.
+
         Raises:
             JobNotFound: nothing is known of the job.
             StreamExpired: it has ended, and neither stream nor result is left.
+            ProtocolError: an entry is not what PROTOCOL.md says.
         """
         check_job_id(job_id)
         follower, folding = Follower(), Fold()
@@ -122,7 +137,7 @@ class Consumer:
             (page,) = await self._hub.ask(
                 pack("XRANGE", self._keys.events(job_id), follower.range_start, "+", "COUNT", PAGE)
             )
-            for event in follower.take(cast(list[RawEntry], page)):
+            for event in take(job_id, follower, cast(list[RawEntry], page)):
                 folding.add(event)
             if len(page) < PAGE:
                 break
@@ -133,20 +148,29 @@ class Consumer:
     async def result(self, job_id: str, *, timeout: float | None = None) -> Generation:
         """The completed generation, once the job has ended; waits without reading the stream.
 
+        A server that goes away is waited for as well, as long as `timeout` says.
+
         Raises:
             JobFailed, JobCancelled: it ended without completing; `error.generation` has what there is.
-            ResultTimeout: it has not ended after `timeout` seconds.
+            ResultTimeout: it has not ended after `timeout` seconds; with 0, it has not ended now.
             JobNotFound, StreamExpired: it is not known, or nothing of it is left.
         """
-        watch = _Watch()
-        status = "queued"
+        watch, status = _Watch(), "unknown"
+        until = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        first_look_s = None if timeout is None else max(timeout, _FIRST_LOOK_S)
         try:
-            async with asyncio.timeout(timeout), self._hub.listening(self._keys.bell(check_job_id(job_id)), watch):
-                while not (generation := await self._look_up(job_id)).is_ended:
+            async with (
+                asyncio.timeout(first_look_s) as limit,
+                self._hub.listening(self._keys.bell(check_job_id(job_id)), watch),
+            ):
+                while not (generation := await self._look_up(job_id, for_ever=True)).is_ended:
                     status = generation.status
+                    limit.reschedule(until)
                     await watch.changed()
         except TimeoutError:
             raise ResultTimeout(job_id, timeout or 0, status) from None
+        if generation.status != COMPLETED:
+            generation = await self._with_output(job_id, generation)
         if generation.status == FAILED:
             why = generation.failure
             raise JobFailed(job_id, f"failed: {why.message} ({why.code})" if why else "failed", generation)
@@ -154,12 +178,23 @@ class Consumer:
             raise JobCancelled(job_id, f"cancelled ({generation.cancel_reason})", generation)
         return generation
 
-    async def _look_up(self, job_id: str) -> Generation:
+    async def _with_output(self, job_id: str, generation: Generation) -> Generation:
+        """A job that ended in nobody's attempt (seq 0) has a result without what its stream may still hold of it."""
+        if generation.position is not None and generation.position.seq == 0:
+            with suppress(JobError, ProtocolError):
+                found = await self.snapshot(job_id)
+                return found if found.is_ended else generation
+        return generation
+
+    async def _look_up(self, job_id: str, *, for_ever: bool = False) -> Generation:
         """The stored result, or just the status of a job that has not ended."""
-        result, status, is_queued = await self._hub.ask(
-            pack("GET", self._keys.result(job_id)),
-            pack("HGET", self._keys.state(job_id), "status"),
+        # A job may end between two of these: what appears with its end is looked at last. (arq's record has no hash
+        # tag: with the streams in a cluster, this question and a feed's must go to the queue's server.)
+        is_queued, status, result = await self._hub.ask(
             pack("EXISTS", ARQ_JOB + job_id),
+            pack("HGET", self._keys.state(job_id), "status"),
+            pack("GET", self._keys.result(job_id)),
+            for_ever=for_ever,
         )
         if result is not None:
             return Generation.from_json(orjson.loads(result))

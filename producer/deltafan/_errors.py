@@ -42,14 +42,12 @@ class InvalidRequest(DeltafanError, ValueError):
 
 
 class InvalidPosition(InvalidRequest):
-    """A position is not of the form `<attempt>-<seq>`."""
+    """A position is not of the form `<attempt>-<seq>`, or not in the stream that it is to be read on from."""
 
     code = "invalid_position"
 
-    def __init__(self, text: str) -> None:
-        super().__init__(
-            "position", f"{text[:64]!r} is not <attempt>-<seq>; pass the position of an event you have seen"
-        )
+    def __init__(self, text: str, why: str = "is not <attempt>-<seq>") -> None:
+        super().__init__("position", f"{text[:64]!r} {why}; pass the position of an event you have seen")
 
 
 class JobError(DeltafanError):

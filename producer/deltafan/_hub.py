@@ -151,14 +151,14 @@ class Hub:
             self._round_scheduled = True
             asyncio.get_running_loop().call_soon(self._start_round)
 
-    async def ask(self, *commands: bytes) -> list[Reply]:
+    async def ask(self, *commands: bytes, for_ever: bool = False) -> list[Reply]:
         """Replies to packed commands; repeated when the connection breaks before they come.
 
         Raises:
-            RedisUnavailable: no answer within PATIENCE_S.
+            RedisUnavailable: no answer within PATIENCE_S; but `for_ever` waits as a tail does.
         """
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(None if for_ever else PATIENCE_S):
                 while self._failure is None:
                     future: asyncio.Future[list[Reply] | None] = asyncio.get_running_loop().create_future()
                     self.read(commands, partial(_settle, future))

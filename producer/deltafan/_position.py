@@ -25,9 +25,7 @@ class Position(NamedTuple):
         Raises:
             InvalidPosition: not two non-negative integers of 64 bits joined by one hyphen.
         """
-        if isinstance(text, Position):
-            return text
-        raw = text.decode("ascii", "replace") if isinstance(text, bytes) else text
+        raw = text.decode("ascii", "replace") if isinstance(text, bytes) else str(text)
         attempt, hyphen, seq = raw.partition("-")
         if not (hyphen and attempt.isascii() and attempt.isdigit() and seq.isascii() and seq.isdigit()):
             raise InvalidPosition(raw)

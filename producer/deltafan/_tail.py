@@ -3,11 +3,13 @@
 import asyncio
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Self, cast
 
-from deltafan._errors import JobNotFound, ProtocolError, RedisUnavailable, StreamExpired
+import orjson
+
+from deltafan._errors import InvalidPosition, JobNotFound, ProtocolError, RedisUnavailable, StreamExpired
 from deltafan._events import TERMINAL_TYPES, Event
 from deltafan._follow import Follower, RawEntry
 from deltafan._hub import Hub
@@ -56,6 +58,7 @@ class Tail:
         Raises:
             JobNotFound: nothing is known of the job.
             StreamExpired: its entries are gone.
+            InvalidPosition: the job has ended before the position that the tail was to go on from.
         """
         events = self._events
         while not events:
@@ -67,7 +70,7 @@ class Tail:
         event = events.popleft()
         self._position = event[0]
         if self.unread and self.is_hungry and self.feed is not None:
-            self.feed.pump()
+            self.feed.pump((self,))
         return event
 
     def deliver(self, events: Sequence[Event]) -> None:
@@ -87,6 +90,8 @@ class Tail:
             self._wake()
 
     async def _wait(self) -> None:
+        if self._waiter is not None:
+            raise RuntimeError("another task waits for this tail's next event: open a tail for each")
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
@@ -98,6 +103,18 @@ class Tail:
             self._waiter.set_result(None)
 
 
+def take(job_id: str, follower: Follower, entries: Sequence[RawEntry]) -> list[Event]:
+    """`follower.take`, where an entry may be anybody's.
+
+    Raises:
+        ProtocolError: one is not what PROTOCOL.md says.
+    """
+    try:
+        return follower.take(entries)
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise ProtocolError(f"job {job_id} has an entry that is not ours to read: {error!r}") from error
+
+
 class Feed:
     """All tails of one job in this process. Tails that stand at the same position share one read and one decoding."""
 
@@ -106,35 +123,50 @@ class Feed:
         self._job_id = job_id
         self._events_key, self._state_key, self._result_key = keys.job(job_id)
         self.tails: set[Tail] = set()
+        self._surveyed: tuple[Tail, ...] | None = None
+        self._survey_again = False
+
+    def join(self, tail: Tail) -> None:
+        """Read for one more tail."""
+        tail.feed = self
+        self.tails.add(tail)
+        self.on_sweep()
+        self.pump((tail,))
 
     def on_bell(self, _status: bytes) -> None:
         """Listener: there is something to read."""
         for tail in self.tails:
             tail.unread = True
-        self.pump()
+        self.pump(self.tails)
 
     def on_failure(self, error: Exception) -> None:
         """Listener: the hub has ended."""
         self._fail(self.tails, error)
 
     def on_sweep(self) -> None:
-        """Listener: look at the stream's top and at what is left of the job."""
+        """Listener: look at the stream's top and at what is left of the job; one look at a time, for all who ask."""
+        if self._surveyed is not None:
+            self._survey_again = True
+            return
+        self._surveyed = tuple(self.tails)
+        # A job may end between two of these: what appears with its end is looked at last.
         commands = (
-            pack("XREVRANGE", self._events_key, "+", "-", "COUNT", 1),
+            pack("EXISTS", ARQ_JOB + self._job_id),
             pack("HGET", self._state_key, "status"),
             pack("EXISTS", self._result_key),
-            pack("EXISTS", ARQ_JOB + self._job_id),
+            pack("XREVRANGE", self._events_key, "+", "-", "COUNT", 1),
         )
         self._hub.read(commands, self._on_survey)
 
-    def pump(self) -> None:
-        """Read for every tail that has room, once per position."""
-        groups: defaultdict[str, list[Tail]] = defaultdict(list)
-        for tail in self.tails:
+    def pump(self, tails: Iterable[Tail]) -> None:
+        """Read for those that have room, once per position."""
+        groups: defaultdict[tuple[Position | None, str], list[Tail]] = defaultdict(list)
+        for tail in tails:
             if tail.is_hungry:
                 tail.reading, tail.unread = True, False
-                groups[tail.follower.range_start].append(tail)
-        for start, group in groups.items():
+                # Behind a hole two may read the same page and stand at different positions.
+                groups[tail.follower.cursor, tail.follower.range_start].append(tail)
+        for (_, start), group in groups.items():
             command = pack("XRANGE", self._events_key, start, "+", "COUNT", PAGE)
             self._hub.read((command,), partial(self._on_page, group))
 
@@ -153,39 +185,70 @@ class Feed:
         entries = cast(Sequence[RawEntry], replies[0])
         leader = group[0].follower
         try:
-            events = leader.take(entries)
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
-            self._fail(group, ProtocolError(f"job {self._job_id} has an entry that is not ours to read: {error!r}"))
+            events = take(self._job_id, leader, entries)
+        except ProtocolError as error:
+            self._fail(group, error)
             return
         for tail in group:
             tail.follower.follow(leader)
             tail.unread = tail.unread or len(entries) == PAGE
             tail.deliver(events)
-        self.pump()
+        self.pump(group)
 
     def _on_survey(self, replies: list[Reply] | None) -> None:
+        tails, self._surveyed = self._surveyed or (), None
+        if self._survey_again:
+            self._survey_again = False
+            self.on_sweep()
         if replies is None or any(isinstance(reply, ServerError) for reply in replies):
             return
-        entries, status, has_result, is_queued = replies
+        is_queued, status, has_result, entries = replies
         if entries:
-            top, has_ended = Position.parse(entries[0][0]), entries[0][1][1].decode() in TERMINAL_TYPES
-            for tail in self.tails:
-                tail.follower.look_again()
-                if has_ended and tail.follower.cursor is not None and tail.follower.cursor >= top:
-                    tail.end()
-                tail.unread = tail.unread or tail.follower.cursor is None or top > tail.follower.cursor
-            self.pump()
-        elif has_result or (status is not None and status.decode() in TERMINAL_TYPES):
-            self._fail(self.tails, StreamExpired(self._job_id, result_available=bool(has_result)))
+            self._look_at(tails, Position.parse(entries[0][0]), entries[0][1][1].decode())
+        elif has_result:
+            self._hub.read((pack("GET", self._result_key),), partial(self._on_result, tails))
+        elif status is not None and status.decode() in TERMINAL_TYPES:
+            self._fail(tails, StreamExpired(self._job_id, result_available=False))
         elif status is None and not is_queued:
-            for tail in self.tails:
+            for tail in tails:
                 unseen = tail.follower.cursor is None
                 tail.fail(JobNotFound(self._job_id) if unseen else StreamExpired(self._job_id, result_available=False))
+
+    def _look_at(self, tails: Sequence[Tail], top: Position, kind: str) -> None:
+        for tail in tails:
+            tail.follower.look_again()
+            cursor = tail.follower.cursor
+            if kind in TERMINAL_TYPES and cursor == top:
+                tail.end()
+            elif kind in TERMINAL_TYPES and cursor is not None and cursor > top:
+                tail.fail(
+                    InvalidPosition(str(cursor), f"is not in the stream of job {self._job_id}, which ends at {top}")
+                )
+            tail.unread = tail.unread or cursor is None or top > cursor
+        self.pump(tails)
+
+    def _on_result(self, tails: Sequence[Tail], replies: list[Reply] | None) -> None:
+        """The stream has expired, which is nothing to a tail that stands at its end."""
+        if replies is None or isinstance(replies[0], ServerError):
+            return
+        end = _end_of(replies[0])
+        for tail in tails:
+            if end is not None and tail.follower.cursor == end:
+                tail.end()
+            else:
+                tail.fail(StreamExpired(self._job_id, result_available=replies[0] is not None))
 
     @staticmethod
     def _fail(tails: Iterable[Tail], error: Exception) -> None:
         for tail in tails:
             tail.fail(error)
+
+
+def _end_of(result: bytes | None) -> Position | None:
+    """The terminal entry's position, by a result record."""
+    with suppress(ValueError, TypeError, LookupError):
+        return Position.parse(orjson.loads(result or b"null")["position"])
+    return None
 
 
 class Feeds:
@@ -203,10 +266,7 @@ class Feeds:
         tail = Tail(job_id, after)
         try:
             async with self._hub.listening(self._keys.bell(job_id), feed):
-                tail.feed = feed
-                feed.tails.add(tail)
-                feed.on_sweep()
-                feed.pump()
+                feed.join(tail)
                 yield tail
         finally:
             feed.tails.discard(tail)
