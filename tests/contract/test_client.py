@@ -419,8 +419,10 @@ async def test_the_printed_reader_misses_nothing_that_is_added_between_two_reads
     class Between:
         """A client behind each of whose reads something is added."""
 
-        exists = redis.exists
         rest = iter(["a", "b", "c"])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(redis, name)
 
         async def xread(self, *args: Any, **options: Any) -> Any:
             answer = await redis.xread(*args, **options)
@@ -434,9 +436,34 @@ async def test_the_printed_reader_misses_nothing_that_is_added_between_two_reads
     assert await asyncio.wait_for(printed_reader()(Between(), J), 10) == ("completed", "abc")
 
 
-async def test_the_printed_reader_does_not_wait_for_a_job_that_is_unknown(redis: Redis) -> None:
-    with pytest.raises(LookupError):
-        await asyncio.wait_for(printed_reader()(redis, "never-submitted"), 10)
+async def test_the_printed_reader_does_not_wait_for_what_is_not_there(redis: Redis, hand: Hand) -> None:
+    await redis.hset(STATE, "status", "completed")  # type: ignore[misc]
+    for job in ("never-submitted", J):
+        with pytest.raises(LookupError):
+            await asyncio.wait_for(printed_reader()(redis, job), 10)
+
+
+async def test_the_printed_reader_is_not_misled_by_a_job_that_ends_as_it_asks(redis: Redis, hand: Hand) -> None:
+    class Ending:
+        """The job ends between the first question that follows an empty answer and the next."""
+
+        asked = 0
+
+        def __getattr__(self, name: str) -> Any:
+            call = getattr(redis, name)
+
+            async def ask(*args: Any, **options: Any) -> Any:
+                answer = await call(*args, **options)
+                self.asked += 1
+                if self.asked == 2:
+                    await hand.start(5)
+                    await hand.complete(5, 1)
+                    await redis.hset(STATE, "status", "completed")  # type: ignore[misc]
+                return answer
+
+            return ask
+
+    assert await asyncio.wait_for(printed_reader()(Ending(), J), 10) == ("completed", "")
 
 
 def test_the_library_loads_neither_arq_nor_an_http_client() -> None:
