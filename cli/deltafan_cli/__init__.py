@@ -11,4 +11,6 @@ def main() -> None:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit("The command line needs its extra: pip install 'deltafan[cli]'")
+    except KeyboardInterrupt:  # most of a short command's time is its imports
+        sys.exit(130)
     run()

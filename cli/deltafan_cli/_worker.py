@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import NoReturn
 
+from deltafan._workers import living_workers
 from deltafan_cli._logging import set_up_logging
 from deltafan_cli._view import err
 from deltafan_config import Catalogue, Settings
@@ -35,11 +37,8 @@ def run_workers(settings: Settings, *, burst: bool) -> int:
 
 def check_worker(settings: Settings) -> int:
     """0 when a worker of this host is alive, else 1."""
-    try:
-        from deltafan_worker.main import is_healthy
-    except ModuleNotFoundError as error:
-        _fail_without(error)
-    if asyncio.run(is_healthy(settings)):
+    names = asyncio.run(living_workers(settings.redis_url, prefix=settings.prefix))
+    if any(name.rpartition(":")[0] == socket.gethostname() for name in names):
         return 0
     err.print("no worker of this host has shown itself within the last seconds")
     return 1

@@ -96,8 +96,12 @@ class Keys:
 
     @property
     def workers(self) -> str:
-        """Start of the keys by which workers show that they are alive."""
-        return f"{self.prefix}:worker:"
+        """Sorted set: names of worker processes by the unix time when they last showed themselves."""
+        return f"{self.prefix}:workers"
+
+    def worker(self, name: str) -> str:
+        """String: how busy a worker process is; it lives as long as the process shows itself."""
+        return f"{self.prefix}:worker:{name}"
 
     @property
     def sweeper(self) -> str:

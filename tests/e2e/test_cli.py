@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from deltafan.testing import ScriptedUpstream, scripted_upstream
 from deltafan.testing import chat as script
 from support.waiting import wait_until
-from support.workers import child_pids, settings_env, supervisor_process, worker_process
+from support.workers import child_pids, prepended, settings_env, supervisor_process, worker_process
 
 DELTAFAN = [sys.executable, "-m", "deltafan_cli"]
 NOWHERE = {"DELTAFAN_REDIS_URL": "redis://:secret@127.0.0.1:1/0"}
@@ -59,7 +59,7 @@ def test_version_and_help_need_nothing() -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [("submit", "-m", "sim", "Hi"), ("tail", "x"), ("result", "x"), ("cancel", "x"), ("usage",)],
+    [("submit", "-m", "sim", "Hi"), ("tail", "x"), ("result", "x"), ("cancel", "x"), ("usage",), ("worker", "--check")],
     ids=lambda a: a[0],
 )
 def test_no_redis_is_said_at_once_with_what_to_do(args: tuple[str, ...]) -> None:
@@ -71,6 +71,12 @@ def test_no_redis_is_said_at_once_with_what_to_do(args: tuple[str, ...]) -> None
     assert "docker compose up" in done.stderr
     assert "secret" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_it_still_loads_leaves_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
+    done = run("--version", env={"PYTHONPATH": prepended(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 async def test_a_full_queue_is_one_sentence(env: dict[str, str]) -> None:
@@ -174,8 +180,12 @@ async def test_a_worker_waits_for_redis_and_says_so(env: dict[str, str]) -> None
     assert "Traceback" not in rest
 
 
-async def test_check_tells_whether_a_worker_lives(env: dict[str, str]) -> None:
+async def test_check_tells_whether_a_worker_lives_without_a_look_at_every_key(
+    env: dict[str, str], redis: Redis
+) -> None:
+    await redis.config_resetstat()
     assert (await arun("worker", "--check", env=env)).returncode == 1
+    assert "cmdstat_scan" not in await redis.info("commandstats")
     with worker_process(env):
 
         async def is_alive() -> bool:

@@ -50,7 +50,7 @@ class _Point:
         return run
 
     def around_noting(self, send: Callable[..., None]) -> Callable[..., None]:
-        source = load("note_response", "deltafan_worker").source
+        source = load("note", "deltafan_worker").source
 
         def noting(publisher: Publisher, command: bytes, handler: Handler) -> None:
             if source not in command:

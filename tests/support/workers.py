@@ -84,6 +84,11 @@ async def running_worker(env: dict[str, str], *, burst: bool = False) -> AsyncIt
         await asyncio.wait_for(main, 20)
 
 
+def prepended(folder: Path) -> str:
+    """PYTHONPATH with a folder before whatever it holds: the code under test may not be the installed one."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 @contextmanager
 def worker_process(
     env: dict[str, str], *, at: str = "", gets: signal.Signals = signal.SIGKILL
@@ -91,9 +96,7 @@ def worker_process(
     """A worker process, killed at the end if it is still there; `at` is a point of support.signalled_worker."""
     signalled = ["support.signalled_worker", gets.name, at]
     command = [sys.executable, "-m", *(signalled if at else ["deltafan_cli", "worker"])]
-    # In front of what is there: the code under test may be somewhere else than where it is installed.
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    whole = {**os.environ, **env, "PYTHONPATH": path}
+    whole = {**os.environ, **env, "PYTHONPATH": prepended(Path(__file__).parents[1])}
     process = subprocess.Popen(command, env=whole, start_new_session=True)
     try:
         yield process

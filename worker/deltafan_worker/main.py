@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 
@@ -17,6 +18,7 @@ from redis.exceptions import RedisError
 
 from deltafan._keys import FUNCTION, LANES, Keys
 from deltafan._url import masked_url
+from deltafan._workers import SHOWN_S
 from deltafan_config import Catalogue, Settings
 from deltafan_worker._calls import ModelCalls
 from deltafan_worker._cancels import listen_for_cancels
@@ -34,7 +36,6 @@ from deltafan_worker._sweeper import Sweeper, SweeperOptions
 log = logging.getLogger("deltafan.worker")
 
 _WAIT_S = 1.0
-_PRESENCE_S = 5.0
 
 
 def run_worker(settings: Settings, env: Mapping[str, str], *, burst: bool = False) -> None:
@@ -128,13 +129,6 @@ def _sweeping(settings: Settings, options: WorkerOptions, keys: Keys) -> Sweeper
     )
 
 
-async def is_healthy(settings: Settings) -> bool:
-    """Whether a worker of this host has shown itself within the last seconds."""
-    async with queue_pool(settings.redis_url) as pool:
-        pattern = f"{Keys(settings.prefix).workers}{socket.gethostname()}:*"
-        return any([True async for _ in pool.scan_iter(match=pattern, count=1000)])
-
-
 @asynccontextmanager
 async def _http_session() -> AsyncIterator[aiohttp.ClientSession]:
     # As many connections as there are generations; cookies of a provider are nobody's business.
@@ -166,9 +160,16 @@ async def _wait_for_redis(pool: ArqRedis, settings: Settings, worker: LeasedWork
 
 
 async def _show_presence(pool: ArqRedis, keys: Keys, worker: LeasedWorker) -> None:
-    """Keep a short-lived key that says this worker is alive and how busy it is."""
+    """Keep short-lived keys that say this worker is alive and how busy it is."""
+    lifetime_ms = int(SHOWN_S * 1000)
     while True:
         with suppress(RedisError, OSError):
+            now = time.time()
             load = orjson.dumps({"running": len(worker.tasks), "slots": worker.max_jobs})
-            await pool.set(f"{keys.workers}{worker.name}", load, px=int(_PRESENCE_S * 3000))
-        await asyncio.sleep(_PRESENCE_S)
+            async with pool.pipeline() as pipeline:
+                pipeline.set(keys.worker(worker.name), load, px=lifetime_ms)
+                pipeline.zadd(keys.workers, {worker.name: now})
+                pipeline.zremrangebyscore(keys.workers, "-inf", now - SHOWN_S)
+                pipeline.pexpire(keys.workers, lifetime_ms)
+                await pipeline.execute()
+        await asyncio.sleep(SHOWN_S / 3)
