@@ -16,6 +16,7 @@ from deltafan import (
     DeltafanError,
     Event,
     Generation,
+    InvalidPosition,
     InvalidRequest,
     JobEnded,
     RedisUnavailable,
@@ -23,9 +24,9 @@ from deltafan import (
 )
 from deltafan.batch import BadInput
 from deltafan_cli._batch_app import batch_app
-from deltafan_cli._commands import AsJson, await_, consumer_of, producer_of, read_settings
+from deltafan_cli._commands import AsJson, await_, command_name, consumer_of, producer_of, read_settings
 from deltafan_cli._view import EventPrinter, err, out, print_json, show_result, usage_table
-from deltafan_config import Catalogue, Settings, SettingsError
+from deltafan_config import Catalogue, CatalogueError, Settings, SettingsError
 
 EXIT_FAILED = 1
 EXIT_MISUSED = 2
@@ -48,9 +49,7 @@ def run() -> None:
     """Run the command line; every error that is not a defect ends in one sentence and an exit code."""
     try:
         app()
-    except InvalidRequest as error:
-        _fail(str(error), EXIT_MISUSED)
-    except (SettingsError, BadInput) as error:
+    except (InvalidRequest, InvalidPosition, SettingsError, CatalogueError, BadInput) as error:
         _fail(str(error), EXIT_MISUSED)
     except RedisUnavailable as error:
         _fail(
@@ -93,6 +92,8 @@ def dev(
 
     Nothing needs to be installed or running beside it, and nothing is left when it ends.
     """
+    if once and not demo:
+        raise typer.BadParameter("there is nothing to do once without --demo", param_hint="--once")
     from deltafan_cli._dev import run_dev
 
     sys.exit(run_dev(demo=demo, once=once, prompt=prompt, model=model))
@@ -186,10 +187,8 @@ async def _follow(settings: Settings, job_id: str, after: str | None, *, as_json
                 if text_only and not as_json and not out.is_terminal and (why := _why_not(event)):
                     err.print(f"job {job_id} {why}", markup=False)
     except asyncio.CancelledError:
-        err.print(
-            f"\nStopped reading; job {job_id} goes on. `deltafan tail {job_id}` returns to it, ", end="", markup=False
-        )
-        err.print(f"`deltafan cancel {job_id}` ends it.", markup=False)
+        again, end = f"{command_name()} tail {job_id}", f"{command_name()} cancel {job_id}"
+        err.print(f"\nStopped reading; job {job_id} goes on. `{again}` returns to it, `{end}` ends it.", markup=False)
         raise
     return 0 if status == "completed" else EXIT_FAILED
 

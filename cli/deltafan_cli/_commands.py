@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import shutil
+import sys
 from collections.abc import Coroutine
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any, TypeVar
@@ -19,6 +21,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a l
 def await_(work: Coroutine[Any, Any, T]) -> T:
     """Run a command's work to its end."""
     return asyncio.run(work)
+
+
+def command_name() -> str:
+    """What to type for `deltafan` in this shell: how it was called, where it is not on the PATH."""
+    called = sys.argv[0]
+    if shutil.which("deltafan") is not None:
+        return "deltafan"
+    return called if called.endswith("deltafan") else f"{sys.executable} -m deltafan_cli"
 
 
 def read_settings() -> Settings:

