@@ -275,7 +275,7 @@ def usage(
         for record in records:
             print_json(record.to_json())
     elif records:
-        out.print(usage_table(records))
+        out.print(usage_table(records, width=out.width))
     else:
         err.print("The ledger is empty: no job has ended yet.")
 
@@ -296,7 +296,7 @@ def models(as_json: AsJson = False) -> None:
         for row in rows:
             print_json(row)
     else:
-        out.print(models_table(rows))
+        out.print(models_table(rows, width=out.width))
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -5,7 +5,11 @@ from typing import Any
 
 from rich.table import Table
 
+from deltafan_cli._view import NOTHING
 from deltafan_config import Catalogue, MissingKey, Provider
+
+_WIDE = 100
+"""Columns from which on there is room for the APIs."""
 
 
 def model_rows(catalogue: Catalogue, env: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -20,18 +24,25 @@ def model_rows(catalogue: Catalogue, env: Mapping[str, str]) -> list[dict[str, A
     return rows
 
 
-def models_table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for a person."""
+def models_table(rows: list[dict[str, Any]], *, width: int) -> Table:
+    """The rows for a person; what a narrow terminal has no room for is left out."""
+    names = ["model", "ready", "provider", *(["api"] if width >= _WIDE else []), "in/out per 1M"]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("model", "provider", "api", "input", "output", "per million", "ready"):
-        table.add_column(name, justify="right" if name in ("input", "output") else "left", no_wrap=True)
+    for name in names:
+        table.add_column(name, no_wrap=True)
     for row in rows:
-        price = row["price"] or {}
-        figures = [f"{price[kind]:g}" if kind in price else "–" for kind in ("input", "output")]
-        table.add_row(
-            row["model"], row["provider"], ", ".join(row["api"]), *figures, price.get("currency", "–"), row["ready"]
-        )
+        cells = {
+            **row,
+            "provider": "" if row["model"].endswith("/…") else row["provider"],  # it stands there already
+            "api": ", ".join(row["api"]),
+            "in/out per 1M": _price(row["price"]),
+        }
+        table.add_row(*(cells[name] for name in names))
     return table
+
+
+def _price(price: Mapping[str, Any] | None) -> str:
+    return NOTHING if price is None else f"{price['input']:g}/{price['output']:g} {price['currency']}"
 
 
 def _provider(provider: Provider, env: Mapping[str, str]) -> dict[str, Any]:
@@ -40,6 +51,7 @@ def _provider(provider: Provider, env: Mapping[str, str]) -> dict[str, Any]:
 
 def _ready(provider: Provider, env: Mapping[str, str]) -> str:
     try:
-        return "no key needed" if provider.api_key(env) is None else f"{provider.api_key_env} is set"
-    except MissingKey:
-        return f"{provider.api_key_env} is not set"
+        provider.api_key(env)
+    except MissingKey as error:
+        return f"set {error.variable}"
+    return "yes"

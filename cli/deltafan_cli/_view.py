@@ -14,6 +14,14 @@ from deltafan import Event, Generation, UsageRecord
 _PIPE_COLUMNS = 250
 """Tables in a pipe or a file are not cut to the 80 columns of a terminal that is not there."""
 
+_WIDE = 110
+"""Columns from which on a row of the ledger has room for a whole id and for rare counts."""
+_SHORT_ID = 8
+_RARE = ("cached", "reasoning")
+"""Counts that are left out when no row has them."""
+NOTHING = "–"
+"""Stands in a table where there is no value."""
+
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -139,26 +147,33 @@ def show_result(result: Generation) -> None:
         out.print(usage_line(result.usage), style="dim")
 
 
-def usage_table(records: list[UsageRecord]) -> Table:
-    """Records of the ledger, one a row."""
+def usage_table(records: list[UsageRecord], *, width: int) -> Table:
+    """Records of the ledger, one a row; on a narrow terminal jobs are shown by the beginning of their ids."""
+    is_wide = width >= _WIDE
+    rows = [_usage_row(record, is_wide=is_wide) for record in records]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("job", "model", "outcome"):
-        table.add_column(name, no_wrap=name != "model", overflow="ellipsis")
-    for name in ("input", "cached", "output", "reasoning", "cost", "seconds"):
-        table.add_column(name, justify="right")
-    for record in records:
-        table.add_row(
-            record.job_id,
-            record.model,
-            record.outcome if record.source == "provider" else f"{record.outcome} ({record.source})",
-            _number(record.input_tokens),
-            _number(record.cached_input_tokens),
-            _number(record.output_tokens),
-            _number(record.reasoning_tokens),
-            "–" if record.cost is None else f"{record.cost:.6f} {record.currency}",
-            "–" if record.duration_ms is None else f"{record.duration_ms / 1000:.2f}",
-        )
+    shown = [name for name in rows[0] if name not in _RARE or (is_wide and any(row[name] != NOTHING for row in rows))]
+    for name in shown:
+        is_word = name in ("job", "model", "outcome")
+        table.add_column(name, justify="left" if is_word else "right", no_wrap=name not in ("model", "outcome"))
+    for row in rows:
+        table.add_row(*(row[name] for name in shown))
     return table
+
+
+def _usage_row(record: UsageRecord, *, is_wide: bool) -> dict[str, str]:
+    job = record.job_id
+    return {
+        "job": job if is_wide or len(job) <= _SHORT_ID else f"{job[:_SHORT_ID]}…",
+        "model": record.model,
+        "outcome": record.outcome if record.source == "provider" else f"{record.outcome} ({record.source})",
+        "input": _number(record.input_tokens),
+        "cached": _number(record.cached_input_tokens),
+        "output": _number(record.output_tokens),
+        "reasoning": _number(record.reasoning_tokens),
+        "cost": NOTHING if record.cost is None else f"{record.cost:.6f} {record.currency}",
+        "seconds": NOTHING if record.duration_ms is None else f"{record.duration_ms / 1000:.2f}",
+    }
 
 
 def usage_card(record: UsageRecord) -> Table:
@@ -175,4 +190,4 @@ def usage_card(record: UsageRecord) -> Table:
 
 
 def _number(count: int | None) -> str:
-    return "–" if count is None else str(count)
+    return NOTHING if count is None else str(count)
