@@ -180,6 +180,37 @@ async def test_a_refusal_for_being_too_fast_defers_a_batch_job_and_costs_it_no_a
     assert len(upstream.requests) == 5
 
 
+async def test_a_row_that_fails_and_finds_no_room_to_try_again_fails_as_it_did(
+    producer: Producer,
+    consumer: Consumer,
+    redis: Redis,
+    env: dict[str, str],
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deltafan_worker._admission.LONGEST_WAIT_S", 1.0)
+    upstream.standing = script.refusal("server_error", "this prompt breaks us", 500)
+    async with running_worker(env):
+        (job_id,) = await submit(producer, 1, "narrow/m", lane="batch")
+        with pytest.raises(JobFailed, match="breaks us"):
+            await consumer.result(job_id, timeout=20)
+        await wait_until(lambda: redis.exists("deltafan:usage"), "the bill is written")
+    assert len(upstream.requests) == 1
+    assert await ledger(redis) == [(1, "failed")]
+
+
+async def test_a_row_whose_first_provider_fails_waits_in_line_for_the_second(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: Redis
+) -> None:
+    await whole_answers(consumer, await submit(producer, 1, "narrow/m", lane="batch"))
+    upstream.then(script.refusal("invalid_api_key", "who are you?", 401))
+    ids = await submit(producer, 1, "second", lane="batch")
+    await wait_for_lot(producer, "narrow/second", "batch", 1)
+    await let_time_pass_until_ended(redis, 2)
+    await whole_answers(consumer, ids)
+    assert len(upstream.requests) == 3
+
+
 async def test_refusals_shrink_the_rate_for_everyone_for_a_while(
     producer: Producer,
     consumer: Consumer,

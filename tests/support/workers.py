@@ -52,6 +52,8 @@ base_url = "{url}"
 limits = {{ requests_per_minute = 3 }}
 [models.roomy]
 provider = ["narrow", "other"]
+[models.second]
+provider = ["other", "narrow"]
 [models.tokens]
 provider = "other"
 limits = {{ tokens_per_minute = 1000 }}

@@ -14,7 +14,7 @@ from deltafan_worker._upstream_error import UpstreamError
 from deltafan_worker._usage import normalise
 
 LONGEST_WAIT_S = 60.0
-"""An interactive job that has begun holds its slot for no longer, waiting for room to call again."""
+"""A job that has called holds its slot for no longer, waiting for room to call again."""
 LONGEST_PAUSE_S = 3600.0
 """For so long one word of a provider keeps batch jobs away from it."""
 _LOOK_S = 1.0
@@ -42,6 +42,8 @@ class Admission:
         self._quota_pause_s = quota_pause_s
         self._unused = claim.grant
         self._running: Grant | None = None
+        self._failed: UpstreamError | None = None
+        self._failed_at = ""
         self._size: Size | None = None
 
     async def choose(self, routes: Sequence[Route]) -> Sequence[Route]:
@@ -72,7 +74,7 @@ class Admission:
 
         Raises:
             MustWait: a batch job has to wait.
-            UpstreamError: an interactive one had to wait for too long.
+            UpstreamError: an interactive one had to wait for too long, or one that failed, to try again.
         """
         if self._has_grant(route):
             self._running, self._unused = self._unused, None
@@ -82,9 +84,11 @@ class Admission:
             return
         waited_until = time.monotonic() + LONGEST_WAIT_S
         while isinstance(answer := await self._ask(route, in_line=False), Lot):
-            if self.is_patient:
+            if self._may_line_up(route):
                 raise MustWait(answer)
             if time.monotonic() > waited_until:
+                if self._failed is not None:
+                    raise self._failed
                 message = f"no room within the limits of {answer.group} for {LONGEST_WAIT_S:g} s"
                 raise UpstreamError(code="limit_reached", message=message, retryable=True)
             await asyncio.sleep(_LOOK_S * (0.5 + random.random()))
@@ -107,13 +111,15 @@ class Admission:
         if grant is not None:
             self._limits.settle(grant, self._claim.job_id, Used(0, None, answered=False))
 
-    def refused(self, route: Route, error: UpstreamError, pause_s: float) -> None:
-        """The provider has asked for less, or for money: let batch jobs leave it alone for a while."""
+    def failed(self, route: Route, error: UpstreamError, pause_s: float) -> None:
+        """A call has failed. If the provider asks for less, or for money, batch jobs leave it alone for a while."""
         if error.is_rate_limit or error.is_exhausted:
             pause_s = self._quota_pause_s if error.is_exhausted else min(pause_s, LONGEST_PAUSE_S)
             words = f"{error.code}: {error.message}"
             self._limits.refused(route, exhausted=error.is_exhausted, pause_s=pause_s, words=words)
             self._claim.limited = True
+        else:
+            self._failed, self._failed_at = error, group_of(route)
 
     def step_aside(self, route: Route, error: UpstreamError) -> None:
         """The last provider has failed; that it asks for less need not fail the job.
@@ -123,6 +129,14 @@ class Admission:
         """
         if self.is_patient and (error.is_rate_limit or error.is_exhausted):
             raise MustWait(Lot(group=group_of(route), tokens=self._sized().input_tokens))
+
+    def _may_line_up(self, route: Route) -> bool:
+        """Whether a job may wait in line for this call. What has failed is forgotten there, so not to try it again.
+
+        Nor a second time, or a job that all its providers fail would go from one's line to the other's for ever.
+        """
+        has_failed_elsewhere = self._claim.grant is None and self._failed_at != group_of(route)
+        return self.is_patient and (self._failed is None or has_failed_elsewhere)
 
     def _is_limited(self, route: Route) -> bool:
         return bool(route.limits) or bool(route.provider_limits) or self._claim.limited

@@ -107,7 +107,7 @@ class ModelCalls:
                 cooldown_s = error.retry_after_s or pause_s or FIRST_PAUSE_S
                 if error.is_rate_limit:
                     self._cooldowns.note(route, cooldown_s)
-                admission.refused(route, error, cooldown_s)
+                admission.failed(route, error, cooldown_s)
                 may_wait_elsewhere = error.is_rate_limit and (has_others or admission.is_patient)
                 if pause_s is None or len(writer.log) or may_wait_elsewhere:
                     raise
