@@ -107,6 +107,27 @@ async def _uses(producer: Producer, name: str, tokens: int) -> bool:
     return (await limit_of(producer, name)).tokens == tokens
 
 
+async def test_a_call_that_was_refused_has_used_its_input_at_most_and_holds_nobody_up(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
+) -> None:
+    upstream.then(script.refusal("invalid_prompt", "no", 400))
+    (refused,) = await submit(producer, 1, "tokens")
+    with pytest.raises(JobFailed):
+        await consumer.result(refused, timeout=10)
+    await whole_answers(consumer, await submit(producer, 1, "tokens"))
+
+
+async def test_rows_that_are_cancelled_in_line_use_nothing_of_the_limit(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
+) -> None:
+    ids = await submit(producer, 20, "narrow/m", lane="batch")
+    await wait_for_lot(producer, "narrow/m", "batch", 19)
+    for job_id in ids:
+        await producer.cancel(job_id)
+    await whole_answers(consumer, await submit(producer, 1, "narrow/m", lane="batch"))
+    assert len(upstream.requests) == 2
+
+
 async def test_no_more_run_at_once_than_allowed_and_the_next_starts_when_one_ends(
     producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
 ) -> None:

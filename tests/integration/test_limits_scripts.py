@@ -21,6 +21,7 @@ class Limits:
 
     def __init__(self, client: Any) -> None:
         self.client = client
+        self.told = 0
         self.left: list[int] = []
         """Whether the last claim has left due jobs."""
 
@@ -29,17 +30,28 @@ class Limits:
         return self.client.eval(script.source, len(keys), *keys, *COMMON, *args)
 
     def ask(
-        self, job: str, *, line: str = "", tokens: int = 100, concurrency: int | str = "", tpm: int | str = ""
+        self,
+        job: str,
+        *,
+        line: str = "",
+        tokens: int | str = 100,
+        concurrency: int | str = "",
+        tpm: int | str = "",
+        rpm: int | str = "",
     ) -> list[int]:
-        numbers = ("", "", "", "", tpm, concurrency)
-        return list(self._run("ask", (), GROUP, 0, tokens, 0, job, line, *numbers))
+        numbers = ("", "", "", rpm, tpm, concurrency)
+        return list(self._run("ask", (), GROUP, 0, tokens, 1, job, line, *numbers))
 
-    def settle(self, job: str, grant: list[int], used: int) -> None:
-        self._run("settle", (QUEUE,), GROUP, job, *grant[1:3], used, used, 1, grant[3])
+    def settle(
+        self, job: str, grant: list[int], used: int | str, *, made: bool = True, is_repeat: bool = False
+    ) -> None:
+        self.told += not is_repeat
+        given = (*grant[1:3], used, used, int(made), grant[3], int(made), "process", self.told)
+        self._run("settle", (QUEUE,), GROUP, job, *given)
 
     def park(self, job: str, score: int, tokens: int = 100) -> int:
         self.client.set(f"arq:in-progress:{job}", "token", px=5000)
-        return int(self._run("park", (QUEUE,), GROUP, tokens, "token", job, score, ""))
+        return int(self._run("park", (QUEUE,), GROUP, f"{tokens} 0", "token", job, score, ""))
 
     def claim(self, room: int, *, cautious: bool = False) -> list[str]:
         _, flat, self.left, *_ = self._run("claim", (QUEUE,), "process", 5000, room, int(cautious), 0, 1, room)
@@ -52,8 +64,14 @@ class Limits:
         return float(self.client.zscore(QUEUE, job))
 
     def tokens(self) -> int:
+        return self._used(b"t")
+
+    def requests(self) -> int:
+        return self._used(b"r")
+
+    def _used(self, kind: bytes) -> int:
         cells = self.client.hgetall(PREFIX + GROUP)
-        return sum(int(value) for name, value in cells.items() if name[:1] == b"t" and name[1:].isdigit())
+        return sum(int(value) for name, value in cells.items() if name[:1] == kind and name[1:].isdigit())
 
 
 @pytest.fixture
@@ -68,6 +86,77 @@ def limits(valkey: Valkey) -> Iterator[Limits]:
 def test_tokens_are_corrected_up_and_down(used: int, limits: Limits) -> None:
     limits.settle("j", limits.ask("j"), used)
     assert limits.tokens() == used
+
+
+def test_a_call_that_was_not_made_counts_for_nothing_and_lets_the_next_look(limits: Limits) -> None:
+    grant = limits.ask("j", rpm=1)
+    assert limits.ask("k", rpm=1)[0] == 0
+    limits.enqueue("k", "a")
+    limits.park("k", 2)
+    limits.client.delete(f"{QUEUE}:bell")
+    limits.settle("j", grant, 0, made=False)
+    assert (limits.requests(), limits.tokens(), limits.client.llen(f"{QUEUE}:bell")) == (0, 0, 1)
+    assert limits.claim(1) == ["k"]
+
+
+def test_what_is_told_twice_counts_once(limits: Limits) -> None:
+    """The answer to it was lost, so it was told again."""
+    for job, used, made in (("j", 300, True), ("k", 0, False)):
+        grant = limits.ask(job)
+        limits.settle(job, grant, used, made=made)
+        before = limits.client.hgetall(PREFIX + GROUP)
+        limits.settle(job, grant, used, made=made, is_repeat=True)
+        assert limits.client.hgetall(PREFIX + GROUP) == before
+
+
+def test_as_long_as_nothing_is_known_of_a_model_its_calls_count_as_long_as_they_may_be(limits: Limits) -> None:
+    grants = [limits.ask(f"j{number}", tokens=4000, tpm=10_000) for number in range(5)]
+    assert [grant[0] for grant in grants] == [1, 1, 0, 0, 0]
+    limits.settle("j0", grants[0], 1000)
+    assert limits.ask("short", tokens=4000, tpm=10_000)[:3:2] == [1, 1000]
+
+
+@pytest.mark.parametrize("used", [100, ""])
+def test_unbounded_calls_of_a_model_of_which_nothing_is_known_are_few_until_one_has_ended(
+    used: int | str, limits: Limits
+) -> None:
+    grants = [limits.ask(f"j{number}", tokens="", tpm=20_000) for number in range(5)]
+    assert [grant[0] for grant in grants] == [1, 1, 0, 0, 0]
+    limits.settle("j0", grants[0], used)
+    assert limits.ask("next", tokens="", tpm=20_000)[2] < 1000, "also when the provider does not count"
+
+
+def test_the_first_answers_weigh_alike_so_that_the_shortest_does_not_speak_for_all(limits: Limits) -> None:
+    for number, used in enumerate((10, 1000, 1990)):
+        limits.settle(f"j{number}", limits.ask(f"j{number}"), used)
+    assert limits.ask("next", tokens="")[2] == 1000
+
+
+def test_who_waits_in_line_is_expected_to_use_what_answers_use_now(limits: Limits) -> None:
+    grant = limits.ask("first", tokens="", tpm=9000)
+    for number in range(3):
+        limits.enqueue(f"waits-{number}", "a")
+        limits.client.set(f"arq:in-progress:waits-{number}", "token", px=5000)
+        limits._run("park", (QUEUE,), GROUP, "10 ", "token", f"waits-{number}", number + 2, "")
+    assert limits.claim(3) == []
+    limits.settle("first", grant, 90)
+    assert limits.claim(3) == ["waits-0", "waits-1", "waits-2"]
+    assert limits.tokens() == 90 + 3 * 100
+
+
+@pytest.mark.parametrize("others", ["in line", "in the queue"])
+def test_a_job_whose_worker_died_waits_at_the_head_of_the_line(others: str, limits: Limits) -> None:
+    places = {job: int(limits.enqueue(job, "a")) for job in ("begun", "next", "last")}
+    if others == "in line":
+        for job in ("next", "last"):
+            limits.park(job, places[job])
+    now_ms = int(limits.client.time()[0] * 1000)
+    limits.client.zadd(QUEUE, {"begun": now_ms})
+    limits.park("begun", now_ms)
+    assert limits.client.zscore(LOT, "begun") == places["next"]
+    for job in ("next", "last"):
+        limits.park(job, places[job])
+    assert limits.claim(1) == ["begun"]
 
 
 def test_a_place_that_is_free_rings_for_those_in_line_once(limits: Limits) -> None:

@@ -103,13 +103,15 @@ class Admission:
         used = Used(None, None, answered)
         if counts is not None and counts.total_tokens is not None:
             used = Used(counts.total_tokens, counts.output_tokens, answered)
+        elif not answered and meter.deltas == 0:
+            used = Used(min(grant.tokens, self._sized().input_tokens), None, answered)  # it was not begun
         self._limits.settle(grant, self._claim.job_id, used)
 
     def give_back(self) -> None:
         """Nothing was called after all."""
         grant, self._unused = self._unused, None
         if grant is not None:
-            self._limits.settle(grant, self._claim.job_id, Used(0, None, answered=False))
+            self._limits.settle(grant, self._claim.job_id, Used(0, None, answered=False, made=False))
 
     def failed(self, route: Route, error: UpstreamError, pause_s: float) -> None:
         """A call has failed. If the provider asks for less, or for money, batch jobs leave it alone for a while."""
@@ -128,7 +130,7 @@ class Admission:
             MustWait: a batch job can wait for it.
         """
         if self.is_patient and (error.is_rate_limit or error.is_exhausted):
-            raise MustWait(Lot(group=group_of(route), tokens=self._sized().input_tokens))
+            raise MustWait(Lot(group=group_of(route), size=self._sized()))
 
     def _may_line_up(self, route: Route) -> bool:
         """Whether a job may wait in line for this call. What has failed is forgotten there, so not to try it again.

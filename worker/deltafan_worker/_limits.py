@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import orjson
 from arq.connections import ArqRedis
@@ -45,14 +46,6 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lot:
-    """Where a job waits for room."""
-
-    group: str
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
     """How large a call is expected to be."""
 
@@ -70,6 +63,14 @@ class Size:
         return cls(input_tokens=math.ceil(text_bytes / _BYTES_PER_TOKEN), most_output_tokens=most)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lot:
+    """Where a job waits for room."""
+
+    group: str
+    size: Size
+
+
 @dataclass(frozen=True, slots=True)
 class Used:
     """What a call turned out to use; None for what nobody knows."""
@@ -77,6 +78,8 @@ class Used:
     total_tokens: int | None
     output_tokens: int | None
     answered: bool
+    made: bool = True
+    """Whether there was a call at all."""
 
 
 def group_of(route: Route) -> str:
@@ -90,6 +93,7 @@ class FleetLimits:
     def __init__(self, pool: ArqRedis, keys: Keys, queues: Sequence[str], *, reserve: float) -> None:
         self._pool = pool
         self._queues = tuple(queues)
+        self._process, self._told = uuid4().hex[:12], 0
         self.common = (keys.limits, reserve)
         self._news: asyncio.Queue[tuple[Script, tuple[str, ...], tuple[Any, ...]]] = asyncio.Queue()
 
@@ -104,17 +108,19 @@ class FleetLimits:
         allowed, second, tokens, number = await self._insist(_ASK, (), args)
         if allowed:
             return Grant(group=group_of(route), second=second, tokens=tokens, number=number.decode())
-        return Lot(group=group_of(route), tokens=tokens)
+        return Lot(group=group_of(route), size=size)
 
     async def park(self, lot: Lot, queue: str, *, token: str, job_id: str, score: str, due_ms: int | None) -> bool:
         """Give a claim back until there is room. Returns whether it was still ours."""
         due = "" if due_ms is None else due_ms
-        args = (*self.common, lot.group, lot.tokens, token, job_id, score, due)
+        size = f"{lot.size.input_tokens} {lot.size.most_output_tokens or ''}"
+        args = (*self.common, lot.group, size, token, job_id, score, due)
         return bool(await run_script(self._pool, _PARK, (queue,), args))
 
     def settle(self, grant: Grant, job_id: str, used: Used) -> None:
         """A counted call is over; its tokens are corrected and its place is free, in a moment."""
         counts = ["" if count is None else count for count in (used.total_tokens, used.output_tokens)]
+        self._told += 1
         args = (
             *self.common,
             grant.group,
@@ -124,6 +130,9 @@ class FleetLimits:
             *counts,
             int(used.answered),
             grant.number,
+            int(used.made),
+            self._process,
+            self._told,
         )
         self._news.put_nowait((_SETTLE, self._queues, args))
 

@@ -14,8 +14,7 @@ for i, name in ipairs(scopes_of(group)) do
   end
   keep(s)
 end
-local output = math.min(tonumber(ARGV[5]) or math.huge, scope(group).mean or DEFAULT_OUTPUT)
-local tokens = math.ceil(ARGV[4] + output)
+local tokens = estimate(group, tonumber(ARGV[4]), tonumber(ARGV[5]))
 local others_wait = ARGV[8] ~= '' and redis.call('EXISTS', lot_of(ARGV[8], group)) == 1
 if others_wait or not may_call(group, tokens, urgent) then return { 0, SECOND, tokens, '' } end
 return { 1, SECOND, tokens, charge(group, tokens, urgent, ARGV[7]) }

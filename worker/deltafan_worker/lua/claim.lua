@@ -7,7 +7,7 @@
 -- The in-progress key is the lock; the score is a hint that takes a running job off the head of the queue and
 -- makes it due again by itself when its lease ends.  Times are scores of the jobs that were due before: their leases
 -- ended, or they were given back.  They go first.  What is smaller than any time is a place in a fair queue.
-local FIRST_TIME, STEP_BACK_MS = 1000000000000, 70000
+local STEP_BACK_MS = 70000
 local lease_ms, want, taken, total, counts = tonumber(ARGV[4]), tonumber(ARGV[5]), {}, 0, {}
 
 local function lock(index, id, score, group)
@@ -65,7 +65,7 @@ local function from_lot(index, most, group)
       redis.call('SREM', KEYS[index] .. ':lots', group)
       return
     end
-    local tokens = tonumber(redis.call('HGET', lot .. ':tokens', id) or 0)
+    local tokens = estimate_of(lot, group, id)
     if not may_call(group, tokens, urgent) then
       if may_call(group, 0, urgent) then step_back(lot, id) end
       return
@@ -99,8 +99,7 @@ local function has_room_for_one(index)
   for _, group in ipairs(redis.call('SMEMBERS', KEYS[index] .. ':lots')) do
     local lot = lot_of(KEYS[index], group)
     local id = redis.call('ZRANGE', lot, 0, 0)[1]
-    local tokens = id and tonumber(redis.call('HGET', lot .. ':tokens', id) or 0)
-    if id and may_call(group, tokens, index == tonumber(ARGV[7])) then return true end
+    if id and may_call(group, estimate_of(lot, group, id), index == tonumber(ARGV[7])) then return true end
   end
   return false
 end

@@ -6,7 +6,9 @@
 -- learned).  Any minute lies within 61 such cells, so what stays below a limit in those stays below it in every minute.
 local LIMITS, RESERVE = ARGV[1], tonumber(ARGV[2])
 local FLAG, KNOWN = string.sub(LIMITS, 1, -2), string.sub(LIMITS, 1, -2) .. 's'
-local CELLS, PACE_S, KEEP_MS, PROBE_MS, DEFAULT_OUTPUT = 61, 5, 3600000, 10000, 500
+local CELLS, PACE_S, KEEP_MS, PROBE_MS = 61, 5, 3600000, 10000
+local FIRST_PLACE, FIRST_TIME = 2, 1000000000000 -- scores of jobs in a fair queue are places, smaller than any time
+local LONGEST_OUTPUT = 8192 -- as much as most models give who are not told to give less
 
 local function now_ms()
   local time = redis.call('TIME')
@@ -133,7 +135,28 @@ local function charge(group, tokens, urgent, id)
   return grant
 end
 
+-- How many tokens a call will use.  As long as no answer has told what is usual there, as many as it may; and what
+-- may be endless counts so much that only a few such calls are made before one of them has ended.
+local function estimate(group, input, most)
+  local output = scope(group).mean
+  if output then
+    output = math.min(most or output, output)
+  elseif most then
+    output = most
+  else
+    output = LONGEST_OUTPUT
+    for _, name in ipairs(scopes_of(group)) do output = math.min(output, (scope(name).tpm or math.huge) / 2) end
+  end
+  return math.ceil(input + output)
+end
+
 -- Where jobs of one queue wait for the limits of one provider's model, in the order in which they came to the queue.
 local function lot_of(queue, group)
   return queue .. ':lot:' .. group
+end
+
+-- The same for a job that waits there: as answers are now, not as they were when it came.
+local function estimate_of(lot, group, id)
+  local input, most = string.match(redis.call('HGET', lot .. ':tokens', id) or '', '^(%d+) ?(%d*)$')
+  return input and estimate(group, tonumber(input), tonumber(most)) or 0
 end
