@@ -2,14 +2,12 @@
 
 import asyncio
 import json
-import random
 import shutil
 import sys
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +17,8 @@ from rich.table import Table
 
 from deltafan import Consumer, InvalidRequest, Limit, Producer, RedisUnavailable
 from deltafan._background import background
-from deltafan.batch import Batch, BatchFiles, Outcome
+from deltafan.batch import Batch, BatchFiles
+from deltafan_cli._batch_tally import Tally
 from deltafan_cli._estimate import Estimate, money
 from deltafan_cli._view import err, out, print_json
 from deltafan_config import Catalogue
@@ -28,85 +27,6 @@ EXIT_PARTLY = 3
 REPORT_S = 2.0
 UNHEARD_S = 10 * REPORT_S
 """A runner that has said nothing for so long is dead, or its machine is cut off."""
-_SAMPLES = 20_000
-"""Latencies that the percentiles are taken from; more would only cost memory."""
-
-
-@dataclass(slots=True)
-class Tally:
-    """How far a run is. Tokens and cost are of all runs of the batch."""
-
-    rows: int
-    answered_before: int
-    cost: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """By currency."""
-    tokens: Counter[str] = field(default_factory=Counter)
-    tokens_before: int = 0
-    answered: int = 0
-    failed: int = 0
-    in_flight: int = 0
-    started_s: float = field(default_factory=time.monotonic)
-    errors: Counter[str] = field(default_factory=Counter)
-    seconds: list[float] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, files: BatchFiles) -> "Tally":
-        """Where earlier runs have left it."""
-        spent, tokens = defaultdict(float, files.spent), Counter(files.tokens)
-        return cls(files.rows, files.answered, spent, tokens, tokens["output_tokens"])
-
-    @property
-    def ended(self) -> int:
-        """Rows of this run that have ended."""
-        return self.answered + self.failed
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every row has an answer."""
-        return self.answered_before + self.answered == self.rows
-
-    def add(self, outcome: Outcome) -> None:
-        """Count a row."""
-        if outcome.is_answer:
-            self.answered += 1
-        else:
-            self.failed += 1
-            self.errors[outcome.error_code or "unknown"] += 1
-        if len(self.seconds) < _SAMPLES:
-            self.seconds.append(outcome.seconds)
-        elif (place := random.randrange(self.ended)) < _SAMPLES:  # so that each row is as likely to be a sample
-            self.seconds[place] = outcome.seconds
-        if (usage := outcome.generation.usage) is not None:
-            self.tokens.update(input_tokens=usage.input_tokens or 0, output_tokens=usage.output_tokens or 0)
-            if usage.currency:
-                self.cost[usage.currency] += usage.cost or 0.0
-
-    def reaches(self, limit_cost: float) -> bool:
-        """Whether any currency's cost is over the limit once what is in flight has cost as much as the rows before."""
-        rows_ended = self.answered_before + self.ended
-        with_in_flight = 1 + self.in_flight / max(1, rows_ended)
-        return any(cost * with_in_flight >= limit_cost for cost in self.cost.values())
-
-    def progress(self) -> dict[str, Any]:
-        """The figures, as other machines and `--json` get them."""
-        elapsed_s = max(time.monotonic() - self.started_s, 1e-6)
-        left = self.rows - self.answered_before - self.ended
-        return {
-            "rows": self.rows,
-            "answered": self.answered_before + self.answered,
-            "failed": self.failed,
-            "running": self.in_flight,
-            "tokens_per_s": round((self.tokens["output_tokens"] - self.tokens_before) / elapsed_s, 1),
-            "input_tokens": self.tokens["input_tokens"],
-            "output_tokens": self.tokens["output_tokens"],
-            "cost": {currency: round(cost, 6) for currency, cost in self.cost.items()},
-            "left_s": round(left * elapsed_s / self.ended) if self.ended and left else 0,
-        }
-
-    def percentile(self, percent: float) -> float:
-        """Seconds from submit to end, by nearest rank."""
-        ordered = sorted(self.seconds)
-        return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))] if ordered else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,12 +63,12 @@ async def run_batch(request: Request, producer: Producer, consumer: Consumer, ca
     """Run what has no answer yet. Returns the exit code."""
     estimate = Estimate(catalogue)
     with _opened(request, estimate) as files:
-        tally, state = Tally.of(files), "interrupted"
+        tally, state = Tally.of(files, request.limit_cost, estimate.mean()), "interrupted"
         batch = Batch(
             producer,
             consumer,
             batch_id=files.batch_id,
-            window=request.window,
+            window=lambda: min(request.window, tally.affords()),
             tenant=request.tenant,
             tries=files.tries,
         )
@@ -170,20 +90,20 @@ async def run_batch(request: Request, producer: Producer, consumer: Consumer, ca
 
 
 async def _run(batch: Batch, files: BatchFiles, tally: Tally, request: Request) -> str:
-    is_over = False
+    if tally.is_spent:
+        batch.stop()
     async with aclosing(batch.run(files.pending(), ordered=request.ordered)) as outcomes:
         async for outcome in outcomes:
             files.write(outcome)
             tally.in_flight = len(batch.in_flight)
             tally.add(outcome)
-            if request.limit_cost is not None and not is_over and tally.reaches(request.limit_cost):
-                is_over = True
+            if tally.is_spent:
                 batch.stop()
     if tally.is_whole:
         return "completed"
     if batch.cancelled:
         return "cancelled"
-    return "stopped at the limit of its cost" if is_over else "completed with failures"
+    return "stopped at the limit of its cost" if tally.left else "completed with failures"
 
 
 @contextmanager

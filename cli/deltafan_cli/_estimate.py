@@ -26,12 +26,13 @@ class Estimate:
         self._prices: dict[str, Price | None] = {}
         self._input: defaultdict[str, float] = defaultdict(float)
         self._output: defaultdict[str, float] = defaultdict(float)
-        self._unbounded = 0
+        self._rows = self._unbounded = 0
         self.unpriced: Counter[str] = Counter()
         """Rows of each model whose cost can not be known."""
 
     def add(self, row: Row) -> None:
         """Count a row."""
+        self._rows += 1
         if row.model not in self._prices:
             self._prices[row.model] = self._price(row.model)
         if (price := self._prices[row.model]) is None:
@@ -43,6 +44,11 @@ class Estimate:
             self._unbounded += 1
         else:
             self._output[price.currency] += most * price.output / _MILLION
+
+    def mean(self) -> dict[str, float]:
+        """What a row may cost, by currency; the output of rows that do not bound it is not in this."""
+        currencies = {*self._input, *self._output}
+        return {currency: (self._input[currency] + self._output[currency]) / self._rows for currency in currencies}
 
     def lines(self) -> list[str]:
         """It in words."""

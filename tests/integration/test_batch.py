@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deltafan import Consumer, InvalidRequest, JobNotFound, Producer
+from deltafan import Consumer, InvalidRequest, Job, JobFailed, JobNotFound, Producer, RedisUnavailable
 from deltafan.batch import Batch, Row
 from deltafan.testing import Refuse, ScriptedUpstream
 from support.waiting import wait_until
@@ -76,7 +76,7 @@ async def test_another_prompt_under_a_rows_id_is_an_error_that_names_the_row(
 ) -> None:
     async with running_worker(env):
         await endings(Batch(producer, consumer, batch_id="nightly"), rows(3))
-        with pytest.raises(InvalidRequest, match="'r0', is another prompt than an earlier run of nightly"):
+        with pytest.raises(InvalidRequest, match=r"'r0', is another prompt than .* an earlier one of nightly"):
             await endings(Batch(producer, consumer, batch_id="nightly"), rows(3, "other"))
 
 
@@ -86,6 +86,44 @@ async def test_a_full_lane_is_waited_for(
     async with Producer.connect(redis_url, max_queued=5) as producer, running_worker(env):
         ends = await endings(Batch(producer, consumer, batch_id="b"), rows(30))
     assert (len(ends), all(ends.values()), len(upstream.requests)) == (30, True, 30)
+
+
+async def test_what_fails_while_its_submit_is_not_known_to_have_arrived_is_this_runs_failure(
+    producer: Producer,
+    consumer: Consumer,
+    env: dict[str, str],
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    upstream.standing = NO
+    submit_many, lost = producer.submit_many, list[Job]()
+
+    async def losing(requests: Any) -> Any:
+        jobs = await submit_many(requests)
+        if not lost:
+            lost.extend(jobs)
+            with pytest.raises(JobFailed):
+                await consumer.result(jobs[0].id, timeout=10)
+            raise RedisUnavailable("redis://here", "the answer was lost")
+        return jobs
+
+    monkeypatch.setattr(producer, "submit_many", losing)
+    async with running_worker(env):
+        assert await endings(Batch(producer, consumer, batch_id="b"), rows(1)) == {"r0": False}
+    assert len(upstream.requests) == 1
+
+
+async def test_the_window_may_change_with_what_was_taken(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    taken, most = 0, 0
+    batch = Batch(producer, consumer, batch_id="b", window=lambda: 1 + taken)
+    async with running_worker(env), aclosing(batch.run(rows(12))) as outcomes:
+        async for _ in outcomes:
+            most = max(most, len(batch.in_flight))
+            assert len(batch.in_flight) <= taken
+            taken += 1
+    assert most > 1
 
 
 async def test_cancelling_ends_what_is_in_flight(

@@ -4,8 +4,9 @@ Built on `Producer` and `Consumer` alone; whatever it does, a program of yours c
 
 async with Producer.connect(url) as producer, Consumer.connect(url) as consumer:
     batch = Batch(producer, consumer, batch_id="nightly")
-    async for outcome in batch.run(rows):  # an async iterator of Row
-        ...
+    async with aclosing(batch.run(rows)) as outcomes:  # so that leaving it early stops the submitting at once
+        async for outcome in outcomes:
+            ...
 """
 
 from deltafan.batch._files import BatchFiles

@@ -20,7 +20,6 @@ from deltafan import (
     ResultTimeout,
     StreamExpired,
 )
-from deltafan._background import background
 from deltafan.batch._files import job_id_of
 from deltafan.batch._outcome import Outcome
 from deltafan.batch._rows import Row
@@ -49,18 +48,22 @@ class Batch:
         consumer: Consumer,
         *,
         batch_id: str,
-        window: int = 2000,
+        window: int | Callable[[], int] = 2000,
         tenant: str | None = None,
         tries: Callable[[Row], int] | None = None,
     ) -> None:
-        """`tries` tells how often a row has failed in earlier runs, if that is known; else the server is asked."""
+        """`window` is how many rows may be submitted and not yet taken, or says so for each that is to be submitted.
+
+        `tries` tells how often a row has failed in earlier runs, if that is known; else the server is asked.
+        """
         self._producer = producer
         self._consumer = consumer
         self._batch_id = batch_id
-        self._window = window
+        self._window = window if callable(window) else lambda: window
         self._tenant = tenant or batch_id
         self._tries = tries or (lambda _: 0)
         self._stopping = False
+        self._untaken, self._taken = 0, asyncio.Event()
         self._arrived: asyncio.Queue[Row | None] = asyncio.Queue(PORTION)
         self.cancelled = False
         self.in_flight: dict[str, Row] = {}
@@ -69,6 +72,7 @@ class Batch:
     def stop(self) -> None:
         """Submit nothing more; what is in flight comes to its end."""
         self._stopping = True
+        self._taken.set()
         if not self._arrived.full():
             self._arrived.put_nowait(None)  # who waits for a row wakes up
 
@@ -89,22 +93,28 @@ class Batch:
         Raises:
             InvalidRequest: a row can not be submitted as it is; the rows before it were.
         """
-        room, ends = asyncio.Semaphore(self._window), Ends()
-        async with background(self._drive(rows, room, ends, ordered=ordered), "batch"):
+        ends = Ends()
+        driver = asyncio.create_task(self._drive(rows, ends, ordered=ordered), name="batch")
+        try:
             while (task := await ends.get()) is not None:
                 await asyncio.wait([task])
                 if task.cancelled() or task.exception() is not None:
                     continue  # the driver raises what it was
                 outcome = task.result()
                 self.in_flight.pop(outcome.job_id, None)
-                room.release()
                 yield outcome
+                self._untaken -= 1  # not before: the window may depend on what the taker has made of it
+                self._taken.set()
+            await driver
+        finally:
+            driver.cancel()
+            await asyncio.gather(driver, return_exceptions=True)
 
-    async def _drive(self, rows: Rows, room: asyncio.Semaphore, ends: Ends, *, ordered: bool) -> None:
+    async def _drive(self, rows: Rows, ends: Ends, *, ordered: bool) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
                 reading = tasks.create_task(_read(rows, self._arrived))
-                async for job_id, row in self._submitted(room):
+                async for job_id, row in self._submitted():
                     task = tasks.create_task(self._outcome(job_id, row))
                     if ordered:
                         ends.put_nowait(task)
@@ -116,19 +126,19 @@ class Batch:
         finally:
             ends.put_nowait(None)
 
-    async def _submitted(self, room: asyncio.Semaphore) -> AsyncIterator[tuple[str, Row]]:
+    async def _submitted(self) -> AsyncIterator[tuple[str, Row]]:
         """Submit what has arrived, as far as there is room, until there is no more or nobody wants it."""
         row = await self._next()
         while row is not None:
-            await room.acquire()
+            await self._has_room()
             portion = [row]
-            while len(portion) < PORTION and not room.locked() and not self._arrived.empty():
+            while len(portion) < min(PORTION, self._room()) and not self._arrived.empty():
                 if (row := self._arrived.get_nowait()) is None:
                     break
-                await room.acquire()
                 portion.append(row)
             if self._stopping:
                 return
+            self._untaken += len(portion)
             jobs = await self._submit(portion)
             self.in_flight.update(jobs)
             if self.cancelled:
@@ -136,6 +146,14 @@ class Batch:
             for job in jobs:
                 yield job
             row = None if row is None else await self._next()
+
+    def _room(self) -> int:
+        return self._window() - self._untaken
+
+    async def _has_room(self) -> None:
+        while self._room() < 1 and not self._stopping:
+            self._taken.clear()
+            await self._taken.wait()
 
     async def _next(self) -> Row | None:
         return None if self._stopping else await self._arrived.get()
@@ -174,8 +192,9 @@ class Batch:
     def _other_row(self, error: JobConflict, rows: list[Row], tries: dict[str, int]) -> InvalidRequest:
         ids = {job_id_of(self._batch_id, row.custom_id, tries[row.custom_id]): row for row in rows}
         row = ids[error.job_id]
-        was = f"line {row.line}, {row.custom_id!r}, is another prompt than an earlier run of {self._batch_id} had there"
-        return InvalidRequest("batch_id", f"{was}; name another id, or leave it to be that of the rows")
+        was = f"line {row.line}, {row.custom_id!r}, is another prompt than a row of that id had before"
+        where = f"in this run or an earlier one of {self._batch_id}"
+        return InvalidRequest("batch_id", f"{was}, {where}; name another id, or leave it to be that of the rows")
 
     async def _outcome(self, job_id: str, row: Row) -> Outcome:
         started = time.monotonic()
