@@ -13,7 +13,7 @@ from arq.jobs import Job as ArqJob
 from arq.jobs import JobStatus
 from redis.asyncio import Redis
 
-from deltafan import Consumer, JobCancelled, JobFailed, Limit, Producer, UsageRecord
+from deltafan import Consumer, JobCancelled, JobFailed, Limit, Producer, ResultTimeout, UsageRecord
 from deltafan._background import background
 from deltafan.testing import ScriptedUpstream
 from deltafan.testing import chat as script
@@ -230,6 +230,27 @@ async def test_a_row_whose_first_provider_fails_waits_in_line_for_the_second(
     await let_time_pass_until_ended(redis, 2)
     await whole_answers(consumer, ids)
     assert len(upstream.requests) == 3
+
+
+async def test_room_that_was_found_before_a_cool_down_is_asked_for_again_after_it(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: Redis
+) -> None:
+    """It may outlast the minute in which the calls were counted."""
+    await redis.set("deltafan:cooldown:narrow/m", "1", px=3000)
+    ids = await submit(producer, 3, "narrow/m")
+    await wait_until(lambda: _asked_for(producer, 3), "all three have found room, and wait for the cool-down's end")
+    await pass_time(redis, 62)
+    seconds, _ = await redis.time()
+    await redis.execute_command("HINCRBY", "deltafan:limit:narrow", f"r{seconds + 2}", 3)  # another worker's calls
+    ends = await asyncio.gather(*[consumer.result(job_id, timeout=6) for job_id in ids], return_exceptions=True)
+    assert [type(end) for end in ends] == [ResultTimeout] * 3
+    assert upstream.requests == []
+    await pass_time(redis, 62)
+    await whole_answers(consumer, ids)
+
+
+async def _asked_for(producer: Producer, calls: int) -> bool:
+    return any(limit.requests == calls for limit in await producer.limits() if limit.name == "narrow/m")
 
 
 async def test_refusals_shrink_the_rate_for_everyone_for_a_while(

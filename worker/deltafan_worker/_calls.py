@@ -95,8 +95,8 @@ class ModelCalls:
     ) -> Ending:
         """Try one provider, as often as it may help."""
         for retry in count(1):
-            if not admission.is_patient:
-                await self._wait_out(route)
+            if not admission.is_patient and await self._wait_out(route):
+                admission.give_back()  # it was counted in a minute that may be over
             await admission.enter(route)
             ending = None
             try:
@@ -119,13 +119,15 @@ class ModelCalls:
             await asyncio.sleep(pause_s)
         raise AssertionError("count() has no end")
 
-    async def _wait_out(self, route: Route) -> None:
-        for _ in range(_WAITS):
+    async def _wait_out(self, route: Route) -> bool:
+        """Wait for a cool-down's end. Returns whether there was one."""
+        for waits in range(_WAITS):
             if (left_s := self._cooldowns.left_s(route)) <= 0:
-                return
+                return waits > 0
             # Not all at once when it is over.
             await asyncio.sleep(left_s + random.random() * min(left_s, 1.0))
             self._cooldowns.refresh((route,))
+        return True
 
     async def _find_and_call(
         self, route: Route, body: Mapping[str, Any], writer: StreamWriter, meter: CallMeter

@@ -9,18 +9,25 @@ local UNCOUNTED_OUTPUT = 500 -- of providers that do not count
 local group, id, counted_in, counted = ARGV[3], ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6])
 local more = (tonumber(ARGV[7]) or counted) - counted
 local freed, is_made = 0, ARGV[11] == '1'
+
+-- Takes back what was counted too much, if it still counts.
+local function take_back(key, kind, amount)
+  local cell = kind .. digits(counted_in)
+  if counted_in > SECOND - CELLS and redis.call('HEXISTS', key, cell) == 1 then redis.call('HINCRBY', key, cell, amount) end
+end
+
 for _, name in ipairs(scopes_of(group)) do
   local key = LIMITS .. name
   freed = freed + redis.call('SREM', key .. ':running', id .. ' ' .. ARGV[10])
   if redis.call('EXISTS', key) == 1 then
     if not is_made then
-      if counted_in > SECOND - CELLS then redis.call('HINCRBY', key, 'r' .. digits(counted_in), -1) end
+      take_back(key, 'r', -1)
       if redis.call('HEXISTS', key, 'quota') == 1 then redis.call('HDEL', key, 'closed') end -- another is to try
     end
     if more > 0 then
       redis.call('HINCRBY', key, 't' .. digits(SECOND), more)
-    elseif more < 0 and counted_in > SECOND - CELLS then
-      redis.call('HINCRBY', key, 't' .. digits(counted_in), more)
+    elseif more < 0 then
+      take_back(key, 't', more)
     end
     if ARGV[9] == '1' and redis.call('HDEL', key, 'quota') == 1 then redis.call('HDEL', key, 'closed') end
   end
