@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from deltafan import Consumer, InvalidRequest, Limit, Producer, RedisUnavailable
 from deltafan._background import background
@@ -185,7 +186,8 @@ def _bar(progress: Mapping[str, Any], waits: str) -> Table:
     width = 30
     done = int(width * (progress["answered"] + progress["failed"]) / max(1, progress["rows"]))
     table = Table.grid(padding=(0, 1))
-    table.add_row("█" * done + "░" * (width - done), _line(progress, waits))
+    # A provider's words are in it, which may look like markup.
+    table.add_row("█" * done + "░" * (width - done), Text(_line(progress, waits)))
     return table
 
 
@@ -199,9 +201,8 @@ def _summary(tally: Tally, state: str, request: Request) -> None:
         return
     table = Table(box=None, show_header=False, pad_edge=False, title=f"batch {state}", title_justify="left")
     table.add_row("answered", f"{progress['answered']:,} of {tally.rows:,}")
-    table.add_row(
-        "failed", f"{tally.failed:,}" + "".join(f"  {code}: {n:,}" for code, n in tally.errors.most_common(5))
-    )
+    kinds = "".join(f"  {code}: {n:,}" for code, n in tally.errors.most_common(5))
+    table.add_row("failed", Text(f"{tally.failed:,}{kinds}"))
     table.add_row("tokens", f"{progress['input_tokens']:,} in, {progress['output_tokens']:,} out")
     table.add_row("cost", money(tally.cost) if tally.cost else "not known")
     table.add_row("latency", ", ".join(f"{name.removesuffix('_s')} {value:g} s" for name, value in latencies.items()))
