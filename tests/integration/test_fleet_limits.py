@@ -326,6 +326,24 @@ async def test_without_money_batch_jobs_wait_and_interactive_ones_are_told(
     assert sorted(await ledger(redis)) == [(1, "completed")] * 3 + [(1, "failed")]
 
 
+async def test_a_model_without_free_tokens_pauses_alone(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, redis: Redis
+) -> None:
+    upstream.then(script.refusal("AllocationQuota.FreeTierOnly", "The free tier of the model has been exhausted", 403))
+    ids = await submit(producer, 1, "other/used-up", lane="batch")
+    await wait_for_lot(producer, "other/used-up", "batch", 1)
+    await wait_until(lambda: redis.hexists("deltafan:limit:other/used-up", "quota"), "it is told")
+    await whole_answers(consumer, await submit(producer, 3, "other/m", lane="batch"))
+    limit = await limit_of(producer, "other/used-up")
+    assert (limit.reason, limit.closed_s > 0, limit.waiting["batch"]) == (
+        "AllocationQuota.FreeTierOnly: The free tier of the model has been exhausted",
+        True,
+        1,
+    )
+    await pass_time(redis, 61)
+    await whole_answers(consumer, ids)
+
+
 async def test_after_a_pause_one_job_tries_before_the_others(
     producer: Producer, env: dict[str, str], upstream: ScriptedUpstream, redis: Redis
 ) -> None:

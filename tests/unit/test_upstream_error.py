@@ -42,6 +42,8 @@ def refused(status: int, code: str | None = None, message: str = "", **headers: 
         ),
         (refused(429, "Throttling.AllocationQuota", "month allocated quota exceeded"), False, False),
         (refused(429, "CommodityNotPurchased"), False, False),
+        (refused(400, "billing_hard_limit_reached"), False, False),
+        (refused(403, "AllocationQuota.FreeTierOnly"), False, False),
         (refused(500), True, False),
         (refused(503, "ModelUnavailable"), True, False),
         (refused(400, "x", x_should_retry="true"), True, False),
@@ -183,6 +185,21 @@ def test_only_a_limit_that_passes_is_a_rate_limit() -> None:
     assert from_payload({"code": "Throttling.RateQuota", "message": ""}).is_rate_limit
     assert not refused(429, "insufficient_quota", "exceeded your current quota").is_rate_limit
     assert not refused(503).is_rate_limit
+
+
+@pytest.mark.parametrize(
+    ("error", "exhausted", "of_its_model"),
+    [
+        (refused(403, "AllocationQuota.FreeTierOnly"), True, True),
+        (refused(400, "billing_hard_limit_reached"), True, False),
+        (refused(400, "Arrearage"), True, False),
+        (refused(402), True, False),
+        (refused(403, "access_denied"), False, False),
+        (refused(429), False, False),
+    ],
+)
+def test_whose_quota_is_used_up(error: UpstreamError, exhausted: bool, of_its_model: bool) -> None:
+    assert (error.is_exhausted, error.is_exhausted and error.is_of_model) == (exhausted, of_its_model)
 
 
 def test_the_frame_inside_an_error_finish_is_read() -> None:

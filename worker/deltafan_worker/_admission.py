@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from deltafan._request import JobRequest
 from deltafan_worker._claim import Claim
 from deltafan_worker._ending import CallMeter
-from deltafan_worker._limits import FleetLimits, Grant, Lot, Size, Used, group_of
+from deltafan_worker._limits import FleetLimits, Grant, Lot, Refusal, Size, Used, group_of
 from deltafan_worker._route import Route
 from deltafan_worker._upstream_error import UpstreamError
 from deltafan_worker._usage import normalise
@@ -118,7 +118,10 @@ class Admission:
         if error.is_rate_limit or error.is_exhausted:
             pause_s = self._quota_pause_s if error.is_exhausted else min(pause_s, LONGEST_PAUSE_S)
             words = f"{error.code}: {error.message}"
-            self._limits.refused(route, exhausted=error.is_exhausted, pause_s=pause_s, words=words)
+            kind: Refusal = "rate"
+            if error.is_exhausted:
+                kind = "model_quota" if error.is_of_model else "quota"
+            self._limits.refused(route, kind, pause_s=pause_s, words=words)
             self._claim.limited = True
         else:
             self._failed, self._failed_at = error, group_of(route)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 from uuid import uuid4
 
 import orjson
@@ -32,6 +32,9 @@ _RETRY_PAUSE_S = 0.5
 _LAST_WORDS_S = 2.0
 _BYTES_PER_TOKEN = 4
 _ATTACHMENT = re.compile(rb'"data:[^"]*"')
+
+Refusal: TypeAlias = Literal["rate", "quota", "model_quota"]
+"""What the provider has none left of: for this model now, for the account, for this model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,9 +139,8 @@ class FleetLimits:
         )
         self._news.put_nowait((_SETTLE, self._queues, args))
 
-    def refused(self, route: Route, *, exhausted: bool, pause_s: float, words: str) -> None:
-        """The provider has asked for less or, `exhausted`, for money: batch jobs of all workers leave it alone."""
-        kind = "quota" if exhausted else "rate"
+    def refused(self, route: Route, kind: Refusal, *, pause_s: float, words: str) -> None:
+        """The provider has asked for less, or for money: batch jobs of all workers leave it, or the model, alone."""
         args = (*self.common, group_of(route), kind, math.ceil(pause_s * 1000), words[:500])
         self._news.put_nowait((_REFUSE, (), args))
 

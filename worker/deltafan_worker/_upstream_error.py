@@ -18,8 +18,8 @@ _RETRYABLE_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _CONTENT = re.compile(r"datainspection|contentfilter|invalidprompt|policy|blocked|infringement")
 """What the request says is not wanted; it is not taken elsewhere."""
 _ACCOUNT = re.compile(
-    r"arrearage|overdue|purchased|invalidapikey|accessdenied|notfound|freetieronly|residency|insufficientquota"
-    r"|allocationquota"
+    r"arrearage|overdue|billinghardlimit|purchased|invalidapikey|accessdenied|notfound|freetieronly|residency"
+    r"|insufficientquota|allocationquota"
 )
 """What this account may not, or has not."""
 _REQUEST = re.compile(r"(^|\.)(invalid|badrequest)")
@@ -33,7 +33,10 @@ _REQUEST_STATUS = frozenset({400, 413, 422})
 _EXHAUSTED = re.compile(
     r"exhausted|exceeded your current quota|month|billing|plan and billing|free tier|token-plan", re.IGNORECASE
 )
-_MONEY = re.compile(r"arrearage|billoverdue|^insufficientquota|^throttling\.allocationquota")
+_FREE_TIER = re.compile(r"freetieronly$")
+_MONEY = re.compile(
+    rf"arrearage|billoverdue|billinghardlimit|^insufficientquota|^throttling\.allocationquota|{_FREE_TIER.pattern}"
+)
 """The quotas only where their message made them permanent."""
 _CONNECTION_CODES = frozenset(
     {"truncated", "connection_lost", "connect_failed", "connect_timeout", "silence_timeout", "first_delta_timeout"}
@@ -96,6 +99,11 @@ class UpstreamError(Exception):
     def is_exhausted(self) -> bool:
         """Whether the account has no money or quota left, so that no request of it helps."""
         return not self.retryable and (self.status == 402 or _MONEY.search(_name(self.code)) is not None)
+
+    @property
+    def is_of_model(self) -> bool:
+        """Whether what is used up is this model's own, and others of the account go on."""
+        return _FREE_TIER.search(_name(self.code)) is not None
 
     @property
     def is_refused_everywhere(self) -> bool:
