@@ -4,7 +4,6 @@ import asyncio
 import json
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deltafan import Consumer, InvalidRequest, Limit, Producer, RedisUnavailable
+from deltafan import Consumer, InvalidRequest, JobNotFound, Limit, Producer, RedisUnavailable
 from deltafan._background import background
 from deltafan.batch import Batch, BatchFiles
 from deltafan_cli._batch_tally import Tally
@@ -215,8 +214,7 @@ async def batch_status(producer: Producer, batch_id: str | None, *, as_json: boo
     if batch_id is not None:
         found = {batch_id: found[batch_id]} if batch_id in found else {}
         if not found:
-            err.print(f"nothing is known of batch {batch_id}: it never ran here, or it is too long ago", markup=False)
-            return 1
+            return _nothing_known(batch_id)
     shown = {id_: _shown(fields) for id_, fields in found.items()}
     if as_json:
         for id_, fields in shown.items():
@@ -237,22 +235,30 @@ async def batch_status(producer: Producer, batch_id: str | None, *, as_json: boo
 
 
 def _shown(fields: Mapping[str, str]) -> dict[str, Any]:
-    ago_s = max(0.0, time.time() - float(fields.get("heard_s", 0)))
-    status = fields.get("status", "?")
+    ago_s, status = float(fields["ago_s"]), fields.get("status", "?")
     if status == "running" and ago_s > UNHEARD_S:
         status = "interrupted"
-    return {**fields, "status": status, "cost": json.loads(fields.get("cost", "{}")), "ago_s": round(ago_s, 1)}
+    if status == "interrupted" and "cancel" in fields:
+        status = "cancelled"
+    return {**fields, "status": status, "cost": json.loads(fields.get("cost", "{}")), "ago_s": ago_s}
 
 
 async def batch_cancel(producer: Producer, batch_id: str) -> int:
     """Ask for a batch's end."""
-    ago_s = await producer.cancel_batch(batch_id)
+    try:
+        ago_s = await producer.cancel_batch(batch_id)
+    except JobNotFound:
+        return _nothing_known(batch_id)
+    out.print(f"batch {batch_id} is being stopped", markup=False)
     if ago_s > UNHEARD_S:
         err.print(
-            f"batch {batch_id} has no runner: it was last heard of {ago_s:,.0f} s ago. It submits no more; what it has "
-            "submitted runs to its end, and a new run finds those answers",
+            f"its runner was last heard of {ago_s:,.0f} s ago; the rows that it left waiting are cancelled when their "
+            "turn comes, those that run come to their end",
             markup=False,
         )
-        return 1
-    out.print(f"batch {batch_id} is being stopped", markup=False)
     return 0
+
+
+def _nothing_known(batch_id: str) -> int:
+    err.print(f"nothing is known of batch {batch_id}: it never ran here, or it is too long ago", markup=False)
+    return 1

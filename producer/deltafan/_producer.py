@@ -270,12 +270,12 @@ class Producer:
     async def cancel_batch(self, batch_id: str) -> float:
         """Ask for a batch's end: its runner submits no more, and cancels what is in flight.
 
-        Returns how many seconds ago the runner was last heard of. One that is dead hears nothing: what it has
-        submitted runs to its end.
+        Should the runner be dead, workers cancel the jobs that wait when their turn comes, as long as their metadata
+        names the batch; those that run come to their end. Returns how many seconds ago the runner was last heard of.
 
         Raises:
             JobNotFound: nothing is known of the batch.
-            InvalidRequest: it is not running.
+            InvalidRequest: it has ended.
         """
         return await self._batches.cancel(check_job_id(batch_id, "batch_id"))
 

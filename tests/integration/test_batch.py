@@ -6,6 +6,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
 from deltafan import Consumer, InvalidRequest, Job, JobFailed, JobNotFound, Producer, RedisUnavailable
 from deltafan.batch import Batch, Row
@@ -136,6 +137,28 @@ async def test_cancelling_ends_what_is_in_flight(
         await wait_until(lambda: upstream.requests, "it runs")
         await batch.cancel()
     assert run.result() == {f"r{n}": False for n in range(20)}
+
+
+async def test_rows_that_a_dead_runner_has_left_are_cancelled_by_the_workers(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream, redis: Redis
+) -> None:
+    await producer.report_batch("b", {"status": "running"}, is_first=True)
+    dying = asyncio.create_task(endings(Batch(producer, consumer, batch_id="b"), rows(20)))
+    await wait_until(lambda: _queued(redis, 20), "all are submitted")
+    dying.cancel()
+    await asyncio.wait([dying])
+    await producer.report_batch("b", {"status": "interrupted"})
+    await producer.cancel_batch("b")
+    async with running_worker(env):
+        assert await endings(Batch(producer, consumer, batch_id="other"), rows(1)) == {"r0": True}
+        await wait_until(lambda: _queued(redis, 0), "all have ended")
+        assert len(upstream.requests) == 1
+        again = await endings(Batch(producer, consumer, batch_id="b"), rows(20))
+        assert list(again.values()) == [True] * 20, "what is submitted later is not meant"
+
+
+async def _queued(redis: Redis, count: int) -> bool:
+    return bool(await redis.zcard("deltafan:queue:batch") == count)
 
 
 async def test_only_a_running_batch_can_be_cancelled_and_the_next_run_knows_nothing_of_it(

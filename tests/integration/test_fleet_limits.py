@@ -359,6 +359,31 @@ async def test_after_a_pause_one_job_tries_before_the_others(
         assert len(upstream.requests) == asked + 1
 
 
+async def test_rows_of_a_cancelled_batch_that_wait_for_money_do_not_try_it_one_by_one(
+    producer: Producer,
+    env: dict[str, str],
+    upstream: ScriptedUpstream,
+    redis: Redis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deltafan_worker._batch_cancels._LOOK_S", 0)
+    upstream.standing = NO_MONEY
+    async with running_worker(env | {"DELTAFAN_QUOTA_PAUSE_S": "30"}) as worker:
+        await producer.report_batch("b", {"status": "running"}, is_first=True)
+        await submit(producer, 20, "other/m", lane="batch", metadata={"batch": "b"})
+        await wait_for_lot(producer, "other/m", "batch", 20)
+        await worker.limits.told()
+        asked = len(upstream.requests)
+        await producer.cancel_batch("b")
+        await pass_time(redis, 31)
+        await wait_until(lambda: _has_ended(redis, 20), "all have ended")
+        assert len(upstream.requests) == asked
+
+
+async def _has_ended(redis: Redis, count: int) -> bool:
+    return len(await redis.keys("arq:result:*")) == count
+
+
 async def test_a_job_that_waits_can_be_cancelled_and_heeds_its_deadline(
     producer: Producer, consumer: Consumer, worker: LeasedWorker, redis: Redis
 ) -> None:

@@ -19,6 +19,7 @@ from deltafan._retention import Retention
 from deltafan._usage import CallOutcome, UsageRecord
 from deltafan_worker._admission import Admission, MustWait
 from deltafan_worker._background import UNREADABLE
+from deltafan_worker._batch_cancels import BatchCancels
 from deltafan_worker._calls import ModelCalls
 from deltafan_worker._claim import Claim, Leave
 from deltafan_worker._ending import CallMeter, Ending, members, seal, seal_without_answer
@@ -45,6 +46,7 @@ RELEASE_DELAY_MS = 1000
 
 _DEFECT = Ending.failed("internal_error", "a defect in the worker; its log has the details")
 _LATE = Ending.failed("deadline_exceeded", "the job's deadline has passed")
+_BATCH_CANCELLED = Ending.cancelled("the batch was cancelled")
 
 Resolve: TypeAlias = Callable[[str, str], Sequence[Route]]
 """From a model's name and an API to the providers to try, in order. Raises DeltafanError where that leads nowhere."""
@@ -79,6 +81,7 @@ class JobRunner:
         retention: Retention,
         worker: str,
         limits: FleetLimits,
+        batches: BatchCancels,
         quota_pause_s: float = 60.0,
         max_attempts: int = 3,
     ) -> None:
@@ -88,6 +91,7 @@ class JobRunner:
         self._retention = retention
         self._worker = worker
         self._limits = limits
+        self._batches = batches
         self._quota_pause_s = quota_pause_s
         self._max_attempts = max_attempts
 
@@ -156,6 +160,8 @@ class JobRunner:
         """Run attempts until one ends the job, or it is another's, or it is to wait."""
         if job.admission is not None:
             self._calls.prepare(job.routes)
+        if job.request is not None and await self._batches.covers(job.request):
+            job = replace(job, refusal=_BATCH_CANCELLED, admission=None)
         leftover = await self._left_by_others(job, writer, claim)
         if job.admission is not None and leftover.response is None:
             chosen = await self._choose(job, job.admission, writer, claim)

@@ -20,6 +20,7 @@ from deltafan._keys import FUNCTION, LANES, Keys
 from deltafan._url import masked_url
 from deltafan._workers import SHOWN_S
 from deltafan_config import Catalogue, Settings
+from deltafan_worker._batch_cancels import BatchCancels
 from deltafan_worker._calls import ModelCalls
 from deltafan_worker._cancels import listen_for_cancels
 from deltafan_worker._cooldown import Cooldowns
@@ -75,6 +76,7 @@ async def open_worker(
         runner = JobRunner(
             publisher=publisher,
             limits=limits,
+            batches=BatchCancels(pool, keys),
             quota_pause_s=settings.quota_pause_s,
             calls=ModelCalls(session, Cooldowns(keys, publisher.send), max_retries=settings.max_retries),
             resolve=Router(Catalogue.load(settings.models), settings, env),
