@@ -56,9 +56,24 @@ def test_batch_jobs_that_waited_long_enough_go_first_up_to_their_share() -> None
     assert first_come(slots, {INTERACTIVE: 50, BATCH: 50}, Counter({INTERACTIVE: 7})) == {BATCH: 2, INTERACTIVE: 1}
     assert first_come(slots, {INTERACTIVE: 50, BATCH: 50}, Counter({INTERACTIVE: 6, BATCH: 1}))[BATCH] == 1
     slots.note(Counter({INTERACTIVE: 8, BATCH: 2}), [1, 1])
+    assert first_come(slots, {INTERACTIVE: 50, BATCH: 50}, Counter({INTERACTIVE: 8}))[BATCH] == 2, "and keep it"
+    slots.note(Counter({INTERACTIVE: 8, BATCH: 2}), [1, 0])
+    slots.note(Counter({INTERACTIVE: 10}), [1, 1])
     assert first_come(slots, {INTERACTIVE: 50, BATCH: 50}, Counter({INTERACTIVE: 8}))[BATCH] == 0, (
-        "patience begins anew"
+        "patience begins anew with the next that wait"
     )
+
+
+def test_short_batch_jobs_get_their_share_of_a_worker_that_is_full_for_long() -> None:
+    clock = Clock()
+    slots = Slots(2, 10, Shares(batch=0.2, patience_s=5), clock)
+    had = 0
+    for _ in range(200):  # each job takes half a second
+        taken = first_come(slots, {INTERACTIVE: 50, BATCH: 50}, Counter())
+        slots.note(taken, [1, 1])
+        had += taken[BATCH]
+        clock.now_s += 0.5
+    assert had == 2 * (200 - 10)
 
 
 def test_a_worker_of_one_slot_serves_both_in_the_end() -> None:

@@ -51,10 +51,10 @@ class Slots:
 
     def note(self, running: Mapping[int, int], left: Sequence[int]) -> None:
         """Learn from a claim which queues have due jobs left."""
-        starves = self._queues == 2 and left[1] and running.get(2, 0) < self._due_patient
-        if not starves:
+        if self._queues == 1 or not left[1]:
             self._waiting_since = None
-        elif self._waiting_since is None:
+        elif self._waiting_since is None and running.get(2, 0) < self._due_patient:
+            # From then on, as long as some wait, their share is theirs: short jobs would else wait anew each time.
             self._waiting_since = self._clock()
 
     def _is_overdue(self) -> bool:
