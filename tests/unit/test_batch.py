@@ -43,14 +43,14 @@ def job_of(row: Row, files: BatchFiles) -> str:
     return job_id_of(files.batch_id, row.custom_id, files.tries(row))
 
 
-def answer(row: Row, files: BatchFiles, content: str = "Hello") -> Outcome:
-    generation = Generation(status="completed", content=content, finish_reason="stop", api=row.api)
+def answer(row: Row, files: BatchFiles, content: str = "Hello", **fields: Any) -> Outcome:
+    generation = Generation(status="completed", content=content, finish_reason="stop", api=row.api, **fields)
     return Outcome(row, job_of(row, files), generation, 1.0)
 
 
-def failure(row: Row, files: BatchFiles) -> Outcome:
+def failure(row: Row, files: BatchFiles, **fields: Any) -> Outcome:
     why = Failure("server_error", "down", retryable=True)
-    return Outcome(row, job_of(row, files), Generation(status="failed", failure=why), 1.0)
+    return Outcome(row, job_of(row, files), Generation(status="failed", failure=why, **fields), 1.0)
 
 
 def test_rows_in_both_forms(tmp_path: Path) -> None:
@@ -157,6 +157,33 @@ def test_the_error_file_holds_the_last_failure_of_each_row_without_an_answer(tmp
     with BatchFiles.open(*paths) as files:
         files.write(answer(second, files))
     assert not paths[2].exists()
+
+
+def test_what_failed_tries_have_cost_is_remembered_when_their_lines_are_gone(tmp_path: Path) -> None:
+    paths = (write(tmp_path / "in.jsonl", OPENAI, {**OPENAI, "custom_id": "b"}), tmp_path / "out", tmp_path / "err")
+    for currency in ("USD", "CNY"):
+        with BatchFiles.open(*paths) as files:
+            first, _ = files.pending()
+            files.write(failure(first, files, usage=usage(output_tokens=3, cost=0.5, currency=currency)))
+    before = paths[2].read_bytes()
+    with BatchFiles.open(*paths) as files:
+        assert (dict(files.spent), dict(files.tokens)) == ({"USD": 0.5, "CNY": 0.5}, {"output_tokens": 6})
+        files.write(answer(first, files, usage=usage(output_tokens=4, cost=0.25, currency="USD")))
+    assert not paths[2].exists()
+    for left in (b"", before):  # the second is what a death leaves before it tidies up
+        paths[2].write_bytes(left)
+        with BatchFiles.open(*paths) as files:
+            assert (dict(files.spent), dict(files.tokens)) == ({"USD": 0.75, "CNY": 0.5}, {"output_tokens": 10})
+
+
+def test_a_row_that_is_added_to_the_input_meanwhile_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", OPENAI)
+    with (
+        pytest.raises(BadInput, match=r"in\.jsonl, line 2: was not there when the file was checked"),
+        BatchFiles.open(source, tmp_path / "out", tmp_path / "err") as files,
+    ):
+        write(source, OPENAI, {**OPENAI, "custom_id": "b"})
+        list(files.pending())
 
 
 def test_looking_changes_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import os
 import shutil
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 import orjson
 
 from deltafan import InvalidRequest
-from deltafan.batch._outcome import LINE_HEAD, Outcome
+from deltafan.batch._outcome import LINE_HEAD, TOKENS, Bill, Outcome, bill_of
 from deltafan.batch._rows import BadInput, Row, read_rows
 
 _HASH_BYTES = 1 << 20
@@ -41,7 +41,7 @@ class BatchFiles:
     answered: int = 0
     """Rows that had an answer when the run began."""
     spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """What earlier runs' lines cost, by currency."""
+    """What earlier runs have cost, by currency."""
     tokens: Counter[str] = field(default_factory=Counter)
     """Their `input_tokens` and `output_tokens`."""
     _output: IO[bytes] | None = None
@@ -83,7 +83,7 @@ class BatchFiles:
                     whole_bytes = files._take_up(sink, answers=answers)
                     if not check_only:
                         os.truncate(sink, whole_bytes)
-            ((files.answered,),) = index.execute("SELECT count(*) FROM row WHERE answered")
+            files._add_up()
             yield files
             if isinstance(errors, Path) and errors.is_file() and not check_only:
                 files._tidy(errors)
@@ -91,8 +91,10 @@ class BatchFiles:
     def pending(self) -> Iterator[Row]:
         """The rows without an answer, in the input's order."""
         for row in read_rows(self._source, model=self._model):
-            ((answered,),) = self._index.execute("SELECT answered FROM row WHERE id = ?", (row.custom_id,))
-            if not answered:
+            known = self._index.execute("SELECT answered FROM row WHERE id = ?", (row.custom_id,)).fetchone()
+            if known is None:
+                raise BadInput(str(self._source), row.line, "was not there when the file was checked; run it again")
+            if not known[0]:
                 yield row
 
     def tries(self, row: Row) -> int:
@@ -105,16 +107,21 @@ class BatchFiles:
         file = self._output if outcome.is_answer else self._errors
         if file is None:
             raise RuntimeError("the files were opened to be checked only")
-        file.write(outcome.line())
+        custom_id = outcome.row.custom_id
+        ((bill,),) = self._index.execute("SELECT bill FROM row WHERE id = ?", (custom_id,))
+        earlier = orjson.loads(bill)
+        file.write(outcome.line(earlier))
         file.flush()
-        self._note(outcome.row.custom_id, outcome.job_id, answered=outcome.is_answer)
+        self._note(custom_id, outcome.job_id, outcome.bill(earlier), answered=outcome.is_answer)
 
-    def _note(self, custom_id: str, job_id: str, *, answered: bool) -> None:
-        if answered:
-            self._index.execute("UPDATE row SET answered = 1 WHERE id = ?", (custom_id,))
-        else:
-            tries = try_of(job_id) + 1
-            self._index.execute("UPDATE row SET tries = max(tries, ?) WHERE id = ?", (tries, custom_id))
+    def _note(self, custom_id: str, job_id: str, bill: Bill, *, answered: bool) -> None:
+        """Know of a try. The last one's bill holds those before it."""
+        tries = try_of(job_id) + 1
+        self._index.execute(
+            "UPDATE row SET answered = max(answered, ?1), tries = max(tries, ?2),"
+            " bill = CASE WHEN billed < ?3 THEN ?4 ELSE bill END, billed = max(billed, ?3) WHERE id = ?5",
+            (answered, 0 if answered else tries, tries, orjson.dumps(bill), custom_id),
+        )
 
     def _take_up(self, path: Path, *, answers: bool) -> int:
         """Note what earlier runs have written. Returns where its whole lines end; a death may have torn the last."""
@@ -129,17 +136,19 @@ class BatchFiles:
                 known = self._index.execute("SELECT 1 FROM row WHERE id = ?", (custom_id,)).fetchone()
                 if not known or not is_job_of(self.batch_id, custom_id, job_id):
                     raise BadInput(str(path), number, "is of another batch; name another output, or remove this one")
-                self._note(custom_id, job_id, answered=answers)
-                self._add_up(data)
+                self._note(custom_id, job_id, bill_of(data), answered=answers)
                 whole_bytes += len(line)
         self._index.execute("COMMIT")
         return whole_bytes
 
-    def _add_up(self, line: Mapping[str, Any]) -> None:
-        if isinstance(line.get("currency"), str):
-            self.spent[line["currency"]] += line.get("cost") or 0
-        for name in ("input_tokens", "output_tokens"):
-            self.tokens[name] += (line.get("usage") or {}).get(name) or 0
+    def _add_up(self) -> None:
+        ((self.answered,),) = self._index.execute("SELECT count(*) FROM row WHERE answered")
+        for (bill,) in self._index.execute("SELECT bill FROM row WHERE billed"):
+            for name, amount in orjson.loads(bill).items():
+                if name in TOKENS:
+                    self.tokens[name] += amount
+                else:
+                    self.spent[name] += amount
 
     def _tidy(self, errors: Path) -> None:
         """Leave the last failure of each row that has no answer still; without any the file goes."""
@@ -200,7 +209,8 @@ def _new_index() -> Iterator[sqlite3.Connection]:
             index.execute("PRAGMA journal_mode=OFF")
             index.execute("PRAGMA synchronous=OFF")
             index.execute(
-                "CREATE TABLE row (id TEXT PRIMARY KEY, line INTEGER, answered INTEGER, tries INTEGER) WITHOUT ROWID"
+                "CREATE TABLE row (id TEXT PRIMARY KEY, line INTEGER, answered INTEGER, tries INTEGER,"
+                " billed INTEGER, bill TEXT) WITHOUT ROWID"
             )
             yield index
         finally:
@@ -214,7 +224,7 @@ def _index_rows(
     index.execute("BEGIN")
     for row in rows:
         try:
-            index.execute("INSERT INTO row VALUES (?, ?, 0, 0)", (row.custom_id, row.line))
+            index.execute("INSERT INTO row VALUES (?, ?, 0, 0, 0, '{}')", (row.custom_id, row.line))
         except sqlite3.IntegrityError:
             ((first,),) = index.execute("SELECT line FROM row WHERE id = ?", (row.custom_id,))
             raise BadInput(

@@ -2,6 +2,7 @@
 
 import time
 from base64 import b64encode
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,9 @@ import orjson
 from deltafan import Generation
 from deltafan.batch._rows import Row
 
+Bill = dict[str, float]
+"""Tokens by their kind, and amounts by their currency."""
+TOKENS = ("input_tokens", "output_tokens")
 LINE_HEAD = b'{"id":"batch_req_'
 """What each line begins with."""
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
@@ -37,8 +41,17 @@ class Outcome:
             return None
         return self.generation.failure.code if self.generation.failure else self.generation.status
 
-    def line(self) -> bytes:
-        """One line of the output, or of the error file; usage and cost stand beside what OpenAI writes."""
+    def bill(self, earlier: Bill) -> Bill:
+        """What the row has used and cost, with its tries before this one."""
+        usage = self.generation.usage
+        data = {} if usage is None else {"usage": usage.to_json(), "cost": usage.cost, "currency": usage.currency}
+        return bill_of({**data, "earlier": earlier})
+
+    def line(self, earlier: Bill | None = None) -> bytes:
+        """One line of the output, or of the error file; usage and cost stand beside what OpenAI writes.
+
+        `earlier` is the bill of the row's tries before this one, whose own lines do not stay for ever.
+        """
         generation, usage = self.generation, self.generation.usage
         data: dict[str, Any] = {"id": f"batch_req_{self.job_id}", "custom_id": self.row.custom_id}
         if self.is_answer:
@@ -50,7 +63,19 @@ class Outcome:
             data |= {"response": None, "error": {"code": self.error_code, "message": message}}
         if usage is not None:
             data |= {"usage": usage.to_json(), "cost": usage.cost, "currency": usage.currency}
+        if earlier:
+            data["earlier"] = earlier
         return orjson.dumps(data) + b"\n"
+
+
+def bill_of(line: Mapping[str, Any]) -> Bill:
+    """What a row has used and cost up to this line of its."""
+    bill = Bill(line.get("earlier") or {})
+    counts = {name: (line.get("usage") or {}).get(name) for name in TOKENS}
+    for name, amount in (*counts.items(), (line.get("currency"), line.get("cost"))):
+        if name and amount:
+            bill[name] = bill.get(name, 0) + amount
+    return bill
 
 
 def _chat_completion(outcome: Outcome) -> dict[str, Any]:
