@@ -38,10 +38,12 @@ class RedisClient:
     answered that waits on purpose.
     """
 
-    def __init__(self, url: str, *, connect_timeout_s: float = 1.0, waits_s: float = 0.0) -> None:
+    def __init__(
+        self, url: str, *, connect_timeout_s: float = 1.0, patience_s: float = _PATIENCE_S, waits_s: float = 0.0
+    ) -> None:
         self.url = url
         self._connect_timeout_s = connect_timeout_s
-        self._patience_s = _PATIENCE_S + waits_s
+        self._patience_s = patience_s + waits_s
         self._silence_s = _SILENCE_S + waits_s
         self._connection: RespConnection | None = None
         self._opening = asyncio.Lock()

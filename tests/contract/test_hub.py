@@ -175,12 +175,13 @@ async def test_somebodys_slow_script_is_waited_for(monkeypatch: pytest.MonkeyPat
             async with Consumer.connect(server.url) as consumer, consumer.tail("j") as events:
                 await anext(events)
                 async with slow_script(server):
-                    received = consumer._hub._bells.received_bytes
+                    bells = consumer._hub._bells
+                    received_bytes = bells.received_bytes
                     reading = asyncio.ensure_future(anext(events))
                     submitting = asyncio.create_task(producer.submit(model="m", messages=HI))
                     asking = asyncio.create_task(consumer.snapshot("j"))
                     joining = asyncio.create_task(consumer.result("k"))
-                    await wait_until(lambda: consumer._hub._bells.received_bytes > received, "its subscription is refused")
+                    await wait_until(lambda: bells.received_bytes > received_bytes, "its subscription is refused")
                 assert (await asyncio.wait_for(submitting, 5)).created
                 assert (await asyncio.wait_for(asking, 5)).status == "running"
                 assert [await producer.cancel(job_id) for job_id in "jk"] == ["cancelled"] * 2

@@ -312,7 +312,7 @@ async def test_the_abort_of_a_waiting_job_outlives_the_worker_that_has_claimed_i
     env = settings_env(redis_url, upstream.url, tmp_path, lease_s=2)
     job = await producer.submit(model="sim", messages=HI)
     await redis.zadd("arq:abort", {job.id: 1})
-    with worker_process(env, dies="before:begin") as process:
+    with worker_process(env, at="before:begin") as process:
         assert await asyncio.to_thread(process.wait, 20) == -signal.SIGKILL
     async with running_worker(env):
         with pytest.raises(JobCancelled, match="aborted"):

@@ -121,8 +121,7 @@ class LeasedWorker(Worker):
         self._lease_lock = asyncio.Lock()
         self._slot_freed, self._draining, self._hurry = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._due_in_s = POLL_S
-        self._unwell = False
-        self._cautious_until = 0.0
+        self._unwell, self._cautious_until = False, 0.0
 
     @property
     def is_draining(self) -> bool:
