@@ -19,7 +19,7 @@ from deltafan_worker import _leased
 from deltafan_worker._claim import Claim
 from deltafan_worker._interrupt import Reason
 from deltafan_worker._leased import LeasedWorker
-from deltafan_worker._queue_pool import run_script
+from deltafan_worker._queue_pool import MAX_CONNECTIONS, run_script
 from deltafan_worker._writer import StreamWriter
 from support.proxy import TcpProxy, tcp_proxy
 from support.valkey import Valkey
@@ -43,7 +43,7 @@ async def test_a_worker_that_can_not_give_a_job_back_can_still_be_stopped(
         await gate.wait()
         raise ZeroDivisionError
 
-    monkeypatch.setattr("deltafan_worker._calls.ModelCalls.answer", broken)
+    monkeypatch.setattr(StreamWriter, "finish", broken)
     async with tcp_proxy(valkey.port) as proxy:
         env = settings_env(proxy.url, upstream.url, tmp_path, streams_url=valkey.url)
         async with running_worker(env) as worker:
@@ -231,6 +231,25 @@ async def has_no_lease(redis: Redis, job_id: str) -> bool:
 async def is_put_off(redis: Redis, job_id: str) -> bool:
     score = await redis.zscore("deltafan:queue:interactive", job_id)
     return bool(score and score > time.time() * 1000)
+
+
+async def test_no_more_jobs_are_claimed_at_once_than_can_ask_the_queue_at_once(
+    producer: Producer, redis_url: str, upstream: ScriptedUpstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the heartbeat stands in line behind all of them, and leases run out."""
+    claimed: list[int] = []
+
+    async def noting(pool: Any, called: Any, *args: Any) -> Any:
+        reply = await run_script(pool, called, *args)
+        if called.name == "claim":
+            claimed.append(len(reply[1]) // 6)
+        return reply
+
+    monkeypatch.setattr(_leased, "run_script", noting)
+    await producer.submit_many([{"model": "sim", "messages": HI}] * (2 * MAX_CONNECTIONS))
+    async with running_worker(settings_env(redis_url, upstream.url, tmp_path, concurrency=1000)):
+        await wait_until(lambda: sum(claimed) == 2 * MAX_CONNECTIONS, "all are claimed")
+    assert max(claimed) == MAX_CONNECTIONS
 
 
 async def test_a_server_that_refuses_to_give_jobs_out_is_asked_now_and_then(

@@ -30,7 +30,7 @@ from deltafan_worker._interrupt import Reason
 from deltafan_worker._lanes import Pass, Shares, Slots
 from deltafan_worker._leaving import Leaving
 from deltafan_worker._limits import FleetLimits, Grant, Lot
-from deltafan_worker._queue_pool import run_script
+from deltafan_worker._queue_pool import MAX_CONNECTIONS, run_script
 from deltafan_worker.serialization import deserialize, serialize
 
 OnUnrun: TypeAlias = Callable[[Claim, Any], Awaitable[None]]
@@ -153,7 +153,8 @@ class LeasedWorker(Worker):
         self._slot_freed.clear()
         room = self.max_jobs - len(self.tasks)
         try:
-            if room > 0 and await self._claim(room):
+            # Each begins with a question to the queue: with more at once the heartbeat would stand in line behind them.
+            if room > 0 and await self._claim(min(room, MAX_CONNECTIONS)):
                 return False
             self._is_well()
             is_idle = room == self.max_jobs

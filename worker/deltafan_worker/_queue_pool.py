@@ -14,6 +14,8 @@ from redis.exceptions import NoScriptError, ReadOnlyError
 from deltafan._lua import Script
 from deltafan_worker.serialization import deserialize, serialize
 
+MAX_CONNECTIONS = 64
+
 
 @asynccontextmanager
 async def queue_pool(url: str) -> AsyncIterator[ArqRedis]:
@@ -21,7 +23,7 @@ async def queue_pool(url: str) -> AsyncIterator[ArqRedis]:
     # Our scripts are safe to repeat, but a WATCH of arq's is not: no retries inside the client.
     connections = BlockingConnectionPool.from_url(
         url,
-        max_connections=64,
+        max_connections=MAX_CONNECTIONS,
         timeout=5,
         socket_connect_timeout=5,
         socket_timeout=10,
