@@ -27,9 +27,10 @@ from deltafan._events import Event, Failure
 from deltafan._fold import Fold, Generation, ToolCall, fold
 from deltafan._limits import Limit
 from deltafan._position import Position
-from deltafan._producer import Job, Producer
+from deltafan._producer import Producer
 from deltafan._request import check_request
 from deltafan._retention import Retention
+from deltafan._submission import Job
 from deltafan._usage import UsageRecord
 
 __all__ = [

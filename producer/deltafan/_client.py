@@ -34,17 +34,26 @@ class RedisClient:
 
     So everything sent through it must be safe to repeat, which every script of ours is. The first connection is
     made on entering, and fails within `connect_timeout_s`; later a lost server is waited for, for 10 s. A connection
-    that says nothing for some seconds is replaced before that; `waits_s` is how much longer a command may take to be
-    answered that waits on purpose.
+    that says nothing for some seconds is replaced before that. `replicas`: how many must have what `run_durably`
+    writes, within `replicas_timeout_ms`.
     """
 
     def __init__(
-        self, url: str, *, connect_timeout_s: float = 1.0, patience_s: float = _PATIENCE_S, waits_s: float = 0.0
+        self,
+        url: str,
+        *,
+        connect_timeout_s: float = 1.0,
+        patience_s: float = _PATIENCE_S,
+        replicas: int = 0,
+        replicas_timeout_ms: int = 0,
     ) -> None:
         self.url = url
         self._connect_timeout_s = connect_timeout_s
-        self._patience_s = patience_s + waits_s
-        self._silence_s = _SILENCE_S + waits_s
+        self._replicas = replicas
+        self._replicas_timeout_ms = replicas_timeout_ms
+        # A server that waits for its replicas is silent meanwhile.
+        self._patience_s = patience_s + replicas_timeout_ms / 1000
+        self._silence_s = _SILENCE_S + replicas_timeout_ms / 1000
         self._connection: RespConnection | None = None
         self._opening = asyncio.Lock()
         self._closed = False
@@ -69,6 +78,17 @@ class RedisClient:
         One round trip, or three when the server does not have the script yet.
         """
         return await self._repeat(lambda connection: _run_many(connection, script, calls, more))
+
+    async def run_durably(self, script: Script, calls: Sequence[ScriptCall]) -> list[Reply]:
+        """Run a script for each of `calls`, and on the same connection wait until the replicas have what it wrote."""
+        if self._replicas == 0 or not calls:
+            return await self.run_many(script, calls) if calls else []
+        *answers, heard = await self.run_many(script, calls, pack("WAIT", self._replicas, self._replicas_timeout_ms))
+        if heard < self._replicas:
+            within = f"within {self._replicas_timeout_ms} ms"
+            why = f"only {heard} of {self._replicas} replicas had the write {within}"
+            raise RedisUnavailable(masked_url(self.url), why)
+        return answers
 
     async def call(self, *args: Argument) -> Reply:
         """Run one command. One round trip."""

@@ -15,7 +15,7 @@ DeltafanError
 └── ProtocolError                        a peer wrote what PROTOCOL.md does not allow
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from deltafan._fold import Generation
@@ -28,6 +28,19 @@ class DeltafanError(Exception):
     """Stable, machine-readable name of the error."""
     retryable: ClassVar[bool] = False
     """Whether the same call may succeed later without anybody changing anything."""
+    job_ids: tuple[str, ...] = ()
+    """Of a submit: the ids of all jobs that had been sent, in the order of the requests; each may be accepted."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not by calling the class, whose arguments are not the message: errors cross processes (multiprocessing, arq).
+        return _restore, (type(self), self.args, vars(self))
+
+
+def _restore(kind: type[DeltafanError], args: tuple[Any, ...], attributes: dict[str, Any]) -> DeltafanError:
+    error = kind.__new__(kind)
+    error.args = args
+    vars(error).update(attributes)
+    return error
 
 
 class InvalidRequest(DeltafanError, ValueError):

@@ -45,16 +45,19 @@ def tool_messages(api: str, results: Mapping[str, str]) -> list[dict[str, Any]]:
     return [{"role": "tool", "tool_call_id": id_, "content": text} for id_, text in results.items()]
 
 
+def held(api: str, body: Mapping[str, Any]) -> Any:
+    """Whatever stands where a request body has its messages (or items); None for nothing."""
+    if api == "dashscope":
+        given = body.get("input")
+        return given.get("messages") if isinstance(given, Mapping) else None
+    return body.get("input" if api == "responses" else "messages")
+
+
 def conversation(api: str, body: Mapping[str, Any]) -> list[Any]:
     """The messages (or items) that a request body holds."""
-    found: Any = body.get("messages")
-    if api == "responses":
-        found = body.get("input")
-        if isinstance(found, str):
-            return [{"role": "user", "content": found}]
-    elif api == "dashscope":
-        given = body.get("input")
-        found = given.get("messages") if isinstance(given, Mapping) else None
+    found = held(api, body)
+    if api == "responses" and isinstance(found, str):
+        return [{"role": "user", "content": found}]
     return list(found) if isinstance(found, (list, tuple)) else []
 
 

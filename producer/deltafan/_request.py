@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from difflib import get_close_matches
+from math import isfinite
 from typing import Annotated, Any, Literal, Self
 
 import orjson
@@ -21,7 +22,7 @@ from pydantic import (
 
 from deltafan._errors import InvalidRequest
 from deltafan._keys import FUNCTION
-from deltafan._messages import conversation, with_conversation
+from deltafan._messages import conversation, held, with_conversation
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 Lane = Literal["interactive", "batch"]
@@ -40,7 +41,17 @@ MAX_BODY_BYTES = 8 * 1024 * 1024
 def _check_metadata(metadata: dict[str, str]) -> dict[str, str]:
     if len(metadata) > 16 or any(len(name) > 64 or len(value) > 512 for name, value in metadata.items()):
         raise ValueError("at most 16 entries, names up to 64 and values up to 512 characters")
+    if not all(_is_utf8(text) for text in (*metadata, *metadata.values())):
+        raise ValueError("can not be written as UTF-8")
     return metadata
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_number(deadline: object) -> object:
@@ -74,7 +85,7 @@ class JobRequest(BaseModel):
     lane: Lane = "interactive"
     tenant: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     metadata: Annotated[dict[str, str], AfterValidator(_check_metadata)] = Field(default_factory=dict)
-    """Carried along for the caller, shown nowhere else."""
+    """For operators: it stands in arq's record of the job while that waits or runs, and is shown nowhere else."""
     deadline: Annotated[AwareDatetime, BeforeValidator(_no_number)] | None = None
     """After this moment the job fails with `deadline_exceeded`, wherever it is."""
     on_interrupt: OnInterrupt = "restart"
@@ -82,12 +93,12 @@ class JobRequest(BaseModel):
     off (where the provider can; else from the start), or fail."""
     timeouts: Timeouts | None = None
     """Instead of the model's own."""
-    max_output_bytes: Annotated[int, Field(ge=1)] | None = None
+    max_output_bytes: Annotated[int, Field(ge=1, strict=True)] | None = None
     """An answer longer than this ends with `output_too_long`; the worker's own limit holds as well."""
     parent: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     """The job whose tool calls this one answers."""
     ttl: Annotated[timedelta, Field(gt=timedelta(0), le=timedelta(days=30))] | None = None
-    """How long stream and result are kept after the end; None: as the server is configured."""
+    """How long the result is kept after the end, and its stream at most; None: as the server is configured."""
     submitted_at_ms: int | None = None
     """Unix time of the submit; set by the producer."""
 
@@ -97,10 +108,11 @@ class JobRequest(BaseModel):
         if not isinstance(data, dict) or data.get("messages") is None:
             return data
         fields = dict(data)
-        messages, body, api = fields.pop("messages"), fields.get("body") or {}, fields.get("api", "chat")
+        messages, body, api = fields.pop("messages"), fields.get("body"), fields.get("api", "chat")
+        body = {} if body is None else body
         if not isinstance(body, Mapping) or not isinstance(messages, (list, tuple)):
             return {**fields, "body": body}  # which of the two is wrong is said below
-        if conversation(api, body):
+        if held(api, body) is not None:
             raise ValueError("messages: given twice, also inside body")
         fields["body"] = with_conversation(api, body, messages)
         return fields
@@ -177,6 +189,17 @@ def check_job_id(job_id: str, field: str = "job_id") -> str:
     return job_id
 
 
+def check_reason(reason: str) -> str:
+    """Give the reason of a cancel back, cut to 512 characters.
+
+    Raises:
+        InvalidRequest: it is no text, or has halves of characters that can not be stored.
+    """
+    if not isinstance(reason, str) or not _is_utf8(reason):
+        raise InvalidRequest("reason", "a text is needed that can be written as UTF-8")
+    return reason[:512]
+
+
 def job_record(request: JobRequest, *, now_ms: int) -> bytes:
     """The job as arq stores it, in JSON: any arq worker with a JSON deserializer can run it."""
     arguments = {**inherited(request), "submitted_at_ms": now_ms}
@@ -212,9 +235,19 @@ def inherited(request: JobRequest) -> dict[str, Any]:
 
 def _dump_body(request: JobRequest) -> bytes:
     try:
-        return orjson.dumps(request.body)
+        data = orjson.dumps(request.body)
     except orjson.JSONEncodeError as error:
         raise InvalidRequest("body", f"can not be written as JSON ({error})") from None
+    if b"null" in data and (where := _find_no_number(request.body, "body")):  # which is how it writes nan
+        raise InvalidRequest(where, "is no number that JSON can hold")
+    return data
+
+
+def _find_no_number(value: Any, path: str) -> str | None:
+    if isinstance(value, float):
+        return None if isfinite(value) else path
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return next(filter(None, (_find_no_number(part, f"{path}.{key}") for key, part in parts)), None)
 
 
 def _explain(error: ValidationError) -> InvalidRequest:

@@ -327,15 +327,39 @@ async def test_many_jobs_in_few_round_trips_keep_their_order(producer: Producer,
         ({"model": "m", "messages": HI, "body": {"x": "y" * 9_000_000}}, "body: is 9000"),
         ({"model": "m", "messages": HI, "ttl": -1}, "ttl: "),
         ({"model": "m", "messages": HI, "metadata": {"k": "v" * 600}}, "metadata: at most 16"),
+        ({"model": "m", "messages": HI, "metadata": {"k": "\ud800"}}, "metadata: can not be written"),
         ({"model": "m", "messages": HI, "deadline": datetime(2030, 1, 1)}, "deadline: has no time zone"),  # noqa: DTZ001
+        ({"model": "m", "messages": HI, "deadline": timedelta.max}, "deadline: is further ahead"),
+        ({"model": "m", "messages": HI, "deadline": timedelta(seconds=-5)}, "deadline: has passed"),
+        ({"model": "m", "messages": HI, "body": []}, "body: "),
+        ({"model": "m", "messages": HI, "body": {"messages": []}}, "messages: given twice"),
+        (
+            {"api": "dashscope", "model": "m", "messages": HI, "body": {"input": {"messages": []}}},
+            "messages: given twice",
+        ),
+        ({"api": "responses", "model": "m", "messages": HI, "body": {"input": ""}}, "messages: given twice"),
+        ({"model": "m", "messages": HI, "body": {"a": [{"b": float("nan")}]}}, "body.a.0.b: is no number"),
+        ({"model": "m", "messages": HI, "max_output_bytes": True}, "max_output_bytes: "),
     ],
 )
 async def test_a_wrong_request_is_refused_at_the_door(
     producer: Producer, redis: Redis, fields: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(InvalidRequest, match=message):
+    with pytest.raises(InvalidRequest, match=rf"^requests\[1\]\.{message}"):
         await producer.submit_many([{"model": "ok", "messages": HI}, fields])
     assert await redis.keys("*") == [], "nothing was sent"
+
+
+async def test_null_is_no_wrong_number(producer: Producer) -> None:
+    body = {"stop": None, "logit_bias": {"1": 0.5}}
+    assert (await producer.submit_many([{"model": "m", "messages": HI, "body": body}]))[0].created
+    assert (await producer.submit_many([{"model": "m", "messages": HI, "body": None}]))[0].created
+
+
+@pytest.mark.parametrize("reason", [None, 5, "\ud800"])
+async def test_a_reason_that_can_not_be_stored_is_refused(producer: Producer, reason: Any) -> None:
+    with pytest.raises(InvalidRequest, match="reason: a text"):
+        await producer.cancel(J, reason=reason)
 
 
 async def test_every_option_reaches_the_job_record(producer: Producer, redis: Redis) -> None:
