@@ -15,18 +15,18 @@ from deltafan._errors import InvalidRequest
 if TYPE_CHECKING:
     from deltafan._fold import Generation, ToolCall
 
-_WANTS_REASONING = re.compile(r"qwen3\.8-(max|flash|omni-flash)|kimi-k2\.7", re.IGNORECASE)
-"""Models whose `preserve_thinking` is on by default: every assistant message carries its whole reasoning."""
+_WANTS_REASONING = re.compile(r"qwen3\.8-(max|flash|omni-flash)|kimi", re.IGNORECASE)
+"""Models that think on from their own reasoning: every assistant message carries all of it."""
 _WANTS_REASONING_WITH_TOOLS = re.compile(r"deepseek", re.IGNORECASE)
 """In thinking mode, once a tool has been called, even an empty one must come back."""
 
 
 def to_messages(generation: "Generation", *, reasoning: bool | None = None) -> list[dict[str, Any]]:
     """See `Generation.to_messages`."""
-    if generation.api == "responses":
-        return _to_items(generation)
-    message: dict[str, Any] = {"role": "assistant", "content": generation.content}
     wanted = _wants_reasoning(generation) if reasoning is None else reasoning
+    if generation.api == "responses":
+        return _to_items(generation, reasoning=wanted)
+    message: dict[str, Any] = {"role": "assistant", "content": generation.content}
     if wanted:
         message["reasoning_content"] = generation.reasoning
     if generation.refusal and generation.api != "dashscope":
@@ -81,7 +81,8 @@ def next_turn(
 ) -> dict[str, Any]:
     """The body that answers a generation's tool calls: all that was said, the calls, their results.
 
-    `changes` go over the body. A `tool_choice` that forces a call is dropped, or the model would call for ever.
+    Where the provider keeps the conversation, only the results. `changes` go over the body. A `tool_choice` that forces
+    a call is dropped, or the model would call for ever.
 
     Raises:
         InvalidRequest: there is nothing to answer, or the results do not match the calls.
@@ -94,14 +95,49 @@ def next_turn(
     if unknown := [call for call in results if call not in calls]:
         raise InvalidRequest("results", f"{unknown[0]!r} is no call of this job; its calls are {', '.join(calls)}")
     texts = {call: _as_text(results[call]) for call in calls}
-    messages = [*conversation(api, body), *generation.to_messages(), *tool_messages(api, texts)]
-    turn = with_conversation(api, body, messages)
+    answers = tool_messages(api, texts)
+    turn = _kept_there(body, generation, answers) if api == "responses" else None
+    if turn is None:
+        said = generation.to_messages(reasoning=_asked_for_reasoning(api, body))
+        turn = with_conversation(api, body, [*conversation(api, body), *_paired(said, answers)])
     if _options(api, turn).get("tool_choice") not in (None, "auto", "none"):
         if api == "dashscope":
             turn["parameters"] = {name: value for name, value in turn["parameters"].items() if name != "tool_choice"}
         else:
             del turn["tool_choice"]
     return {**turn, **changes}
+
+
+def _kept_there(
+    body: Mapping[str, Any], generation: "Generation", answers: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """The next body of a conversation that the provider keeps itself, and would hold twice if it were sent again."""
+    if body.get("conversation"):
+        return {**body, "input": list(answers)}
+    answered = generation.usage.response_id if generation.usage else None
+    if body.get("previous_response_id") and answered and body.get("store") is not False:
+        return {**body, "previous_response_id": answered, "input": list(answers)}
+    return None
+
+
+def _paired(said: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Messages, then the answers; but each answer right behind its call where calls are items of their own."""
+    by_call = {answer["call_id"]: answer for answer in answers if "call_id" in answer}
+    paired: list[Mapping[str, Any]] = []
+    for item in said:
+        paired.append(item)
+        if item.get("type") == "function_call":
+            paired.append(by_call[item["call_id"]])
+    return paired if by_call else [*said, *answers]
+
+
+def _asked_for_reasoning(api: str, body: Mapping[str, Any]) -> bool | None:
+    """What the request itself says about it; None when it does not."""
+    options = _options(api, body)
+    preserve, clear = options.get("preserve_thinking"), options.get("clear_thinking")
+    if isinstance(preserve, bool):
+        return preserve
+    return not clear if isinstance(clear, bool) else None
 
 
 def _options(api: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -127,12 +163,19 @@ def _call(call: "ToolCall") -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function, **(call.extra or {})}
 
 
-def _to_items(generation: "Generation") -> list[dict[str, Any]]:
-    """Input items without ids: with them the provider would ask for the reasoning items that belong to them."""
+def _to_items(generation: "Generation", *, reasoning: bool) -> list[dict[str, Any]]:
+    """Input items without ids: with them the provider would ask for the reasoning items that belong to them.
+
+    Reasoning that it sent encrypted, because the request asked for that, goes back as it came, before its call.
+    """
     items: list[dict[str, Any]] = []
+    if reasoning and generation.reasoning:
+        thought = {"type": "reasoning_text", "text": generation.reasoning}
+        items.append({"type": "reasoning", "summary": [], "content": [thought]})
     if text := generation.content or generation.refusal:
         items.append({"role": "assistant", "content": text})
     for call in generation.tool_calls:
+        items += (call.extra or {}).get("reasoning", ())
         name_and_arguments = {"name": call.name, "arguments": call.arguments}
         items.append({"type": "function_call", "call_id": call.id, **name_and_arguments})
     return items

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from deltafan import Consumer, InvalidRequest, JobConflict, JobNotFound, Producer
-from deltafan.testing import ScriptedUpstream
+from deltafan.testing import Answer, ScriptedUpstream, ToolCall
 from deltafan.testing import chat as script
 from deltafan_worker._leased import LeasedWorker
 from support.waiting import wait_until
@@ -40,6 +40,22 @@ async def test_three_phases_are_two_calls(
     assert [message["role"] for message in sent["messages"]] == ["user", "assistant", "tool", "tool"]
     assert [call["id"] for call in sent["messages"][1]["tool_calls"]] == ["call_0", "call_1"]
     assert [message["content"] for message in sent["messages"][2:]] == ["rain", '{"sky":"clear"}']
+
+
+async def test_the_next_turn_of_responses(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
+) -> None:
+    calls = [ToolCall(f"call_{number}", "weather", ["{}"]) for number in (0, 1)]
+    upstream.then(Answer(calls, finish="tool_calls"))
+    body = {"tools": [{"type": "function", "name": "weather"}], "previous_response_id": "resp_0"}
+    job = await producer.submit(model="sim", messages=HI, api="responses", body=body)
+    asked = await consumer.result(job.id, timeout=10)
+    assert asked.usage is not None
+    answer = await producer.submit_tool_results(job, {"call_0": "rain", "call_1": "sun"})
+    await consumer.result(answer.id, timeout=10)
+    sent = upstream.requests[1].body
+    assert sent["previous_response_id"] == asked.usage.response_id
+    assert [item["output"] for item in sent["input"]] == ["rain", "sun"]
 
 
 async def test_one_tail_follows_the_whole_conversation(

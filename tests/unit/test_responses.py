@@ -142,6 +142,18 @@ def test_pieces_of_a_call_that_has_not_been_opened_go_to_no_other() -> None:
     assert outcome.calls == [("call_1", "f", "{}"), ("call_2", "f", '{"b":2}')]
 
 
+def test_encrypted_reasoning_is_kept_with_the_call_that_it_led_to() -> None:
+    thought = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAA"}
+    outcome = decode(
+        event("response.output_item.added", output_index=0, item=thought),
+        event("response.output_item.done", output_index=0, item=thought),
+        event("response.output_item.done", output_index=1, item=call_item(arguments="{}")),
+        event("response.output_item.done", output_index=2, item=call_item(id="fc_2", call_id="call_2")),
+        completed(thought),
+    )
+    assert [call.extra for call in outcome.generation.tool_calls] == [{"reasoning": [thought]}, None]
+
+
 def test_custom_tools_have_input_for_arguments() -> None:
     item = {"type": "custom_tool_call", "id": "ct", "call_id": "call_1", "name": "f", "input": ""}
     outcome = decode(

@@ -48,7 +48,13 @@ class EmitToolCall(Protocol):
     """Publishes a fragment of a call."""
 
     def __call__(
-        self, index: int, *, call_id: str | None = None, name: str | None = None, arguments: str = ""
+        self,
+        index: int,
+        *,
+        call_id: str | None = None,
+        name: str | None = None,
+        arguments: str = "",
+        extra: Mapping[str, Any] | None = None,
     ) -> None: ...
 
 
@@ -72,6 +78,7 @@ class OutputCalls:
         self._calls: list[_Call] = []
         self._by_name: dict[tuple[str, Any], _Call] = {}
         self._published = 0
+        self._reasoning: list[Mapping[str, Any]] = []
 
     def __bool__(self) -> bool:
         return bool(self._calls)
@@ -87,6 +94,11 @@ class OutputCalls:
             self._remember(call, where)
         if is_done:
             self._complete(call, arguments)
+
+    def take_reasoning(self, item: Mapping[str, Any]) -> None:
+        """Reasoning that only the provider can read, and must have back with the call that it led to."""
+        if item.get("encrypted_content"):
+            self._reasoning.append(item)
 
     def add(self, where: Mapping[str, Any], fragment: Any) -> None:
         """A piece of a call's arguments."""
@@ -118,7 +130,9 @@ class OutputCalls:
     def _publish(self, call: _Call) -> None:
         call.index = self._published
         self._published += 1
-        self._emit(call.index, call_id=call.id or None, name=call.name or None, arguments=call.arguments)
+        reasoning, self._reasoning = self._reasoning, []
+        extra = {"reasoning": reasoning} if reasoning else None
+        self._emit(call.index, call_id=call.id or None, name=call.name or None, arguments=call.arguments, extra=extra)
 
     def _add(self, call: _Call, fragment: str) -> None:
         call.has_arguments = True

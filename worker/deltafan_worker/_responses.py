@@ -108,6 +108,8 @@ class ResponsesDecoder(FrameDecoder):
         if kind in _CALL_ITEMS:
             self._calls.take_item(item, place, is_done=is_done)
         elif kind in ("message", "reasoning"):
+            if kind == "reasoning" and is_done:
+                self._calls.take_reasoning(item)
             self._spoken.open(where)
             for spoken_as, text in _texts(item) if is_done else ():
                 self._say_unless_said(spoken_as, text, where)
