@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import aiohttp
 import pytest
 from aiohttp import web
 from redis.asyncio import Redis
@@ -412,6 +413,24 @@ async def test_a_job_has_its_own_limits(
     async with running_worker({**env, "DELTAFAN_MAX_RETRIES": "0"}):
         job = await producer.submit(model="sim", messages=HI, timeouts={limit: 0.2})
         with pytest.raises(JobFailed, match=code):
+            await consumer.result(job.id, timeout=10)
+
+
+async def test_the_limit_on_connecting_covers_the_search_for_an_address(
+    producer: Producer, consumer: Consumer, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Silent(aiohttp.abc.AbstractResolver):
+        async def resolve(self, *_: object, **__: object) -> NoReturn:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("aiohttp.connector.DefaultResolver", lambda **_: Silent())
+    async with running_worker(settings_env(redis_url, "http://model.test/v1", tmp_path, max_retries=0)):
+        job = await producer.submit(model="other/x", messages=HI, timeouts={"connect_s": 0.3})
+        with pytest.raises(JobFailed, match="connect_timeout"):
             await consumer.result(job.id, timeout=10)
 
 

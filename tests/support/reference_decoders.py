@@ -29,7 +29,8 @@ def sse_events(data: bytes) -> list[tuple[str, str]]:
     for line in [*lines, ""]:
         field, _, value = line.partition(":")
         value = value.removeprefix(" ")
-        ends = line == "" or (field in ("event", "id") and ":" in line and values)
+        is_next = field == "data" and value.startswith(("{", "[DONE]")) and "".join(values[-1:]).endswith("}")
+        ends = line == "" or (":" in line and (is_next or (field in ("event", "id") and values)))
         if ends:
             joined = "\n".join(values)
             if joined.encode("latin-1").strip():

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltafan._events import Delta
 from deltafan_worker._chat import ChatDecoder
 from deltafan_worker._sse import SseDecoder
 from support.decoding import Outcome, cut_at
@@ -99,6 +100,20 @@ def test_oddity_11_comments_are_no_data_frames() -> None:
     decoder.feed(b": keep-alive\n\n" * 50)
     assert decoder.next_delta() is None
     assert decoder.frames == 0
+
+
+@pytest.mark.parametrize(
+    "ping", [b"event: ping\ndata: 1\n\n", b"event: ping\ndata: {}\n\n", b'data: {"type": "ping"}\n\n']
+)
+def test_oddity_11_pings_are_no_data_frames(ping: bytes) -> None:
+    outcome = decode(ping, delta(content="a"), ping, frame(STOP))
+    assert (outcome.generation.content, outcome.finish, outcome.decoder.frames) == ("a", "stop", 2)
+
+
+def test_oddity_08_the_first_frame_is_not_held_back_by_the_missing_blank_lines() -> None:
+    decoder = ChatDecoder()
+    decoder.feed((delta(content="a") + delta(content="b")).replace(b"\n\n", b"\n"))
+    assert decoder.next_delta() == Delta("content", b"a")
 
 
 @pytest.mark.parametrize("chunk", [{"choices": None}, {}, {"choices": []}, {"choices": "no"}, {"choices": [None]}])

@@ -84,6 +84,15 @@ def test_oddity_08_frames_without_blank_lines() -> None:
     assert decode(b"".join(frames), STOP).generation.content == "abc"
 
 
+def test_deep_research_has_a_message_in_place_of_choices() -> None:
+    alive = {"message": {"phase": "KeepAlive", "content": ""}, "fininshed": False, "fininshed_reason": "null"}
+    said = {"message": {"phase": "answer", "content": "a"}, "fininshed": False, "fininshed_reason": "null"}
+    end = {"message": {"phase": "answer", "content": ""}, "fininshed": True, "fininshed_reason": "stop"}
+    outcome = decode(result(alive), result(said), result(alive), result(end))
+    assert (outcome.generation.content, outcome.finish) == ("a", "stop")
+    assert outcome.decoder.frames == 2, "news of life alone breaks no silence"
+
+
 def test_oddity_16_the_word_null_is_no_finish_reason() -> None:
     assert decode(message("a"), message("b", finish=None), message("c", finish="")).code == "truncated"
 

@@ -97,6 +97,32 @@ def test_many_short_data_lines_are_limited_too() -> None:
         decoder.next_event()
 
 
+@pytest.mark.parametrize("size", [6, 4096])
+def test_many_empty_data_lines_are_limited_too(size: int) -> None:
+    decoder, lines = SseDecoder(limit_bytes=10_000), b"data:\n" * 1000
+    for at in range(0, len(lines), size):
+        decoder.feed(lines[at : at + size])
+    with pytest.raises(SseLimitExceeded):
+        decoder.next_event()
+
+
+@pytest.mark.parametrize("size", [1, 30, 1000])
+def test_the_limit_does_not_depend_on_how_an_event_of_many_lines_is_cut(size: int) -> None:
+    decoder, event = SseDecoder(limit_bytes=1000), b"data:\n" * 20 + b"\n"
+    for at in range(0, len(event), size):
+        decoder.feed(event[at : at + size])
+    with pytest.raises(SseLimitExceeded):
+        decoder.next_event()
+
+
+def test_frames_with_nothing_between_them_come_one_by_one() -> None:
+    decoder = SseDecoder()
+    decoder.feed(b'data: {"a":\ndata: {"b":1}}\ndata: {2}\n')
+    assert decoder.next_event() == SseEvent(b"", b'{"a":\n{"b":1}}', None), "as soon as the next one begins"
+    assert decoder.next_event() is None
+    assert datas(b"data: {1}\ndata: [DONE]\n") == [b"{1}", b"[DONE]"]
+
+
 def test_a_long_line_in_small_pieces_takes_linear_work() -> None:
     class Counting(bytes):
         joined = 0
@@ -112,6 +138,9 @@ LINES = st.sampled_from(
     [
         b"data: a",
         b"data:b",
+        b"data: {",
+        b"data: }",
+        b"data: [DONE]",
         b"data",
         b"data:",
         b": c",

@@ -52,7 +52,14 @@ PRICE = Price(
                 "total_tokens": 60,
                 "input_tokens_details": {"cached_tokens": 0},
                 "output_tokens_details": {"reasoning_tokens": 0},
-                "x_details": [{"input_tokens": 57, "prompt_tokens_details": {"cache_creation_input_tokens": 9}}],
+                "x_details": [
+                    {
+                        "input_tokens": 57,
+                        "prompt_tokens_details": {"cache_creation_input_tokens": 9},
+                        "input_tokens_details": {"audio_tokens": 8},
+                        "output_tokens_details": {"audio_tokens": 2},
+                    }
+                ],
             },
             TokenCounts(
                 input_tokens=57,
@@ -61,6 +68,8 @@ PRICE = Price(
                 cached_input_tokens=0,
                 cache_write_tokens=9,
                 reasoning_tokens=0,
+                input_audio_tokens=8,
+                output_audio_tokens=2,
             ),
         ),
         (

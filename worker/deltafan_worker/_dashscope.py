@@ -22,7 +22,8 @@ _TEXT_IN_JSON = re.compile(r'"text"\s*:\s*"((?:[^"\\]|\\(?:[^u]|u[0-9a-fA-F]{4})
 class DashScopeDecoder(FrameDecoder):
     """Decodes one generation. See `Decoder` for how to drive it.
 
-    Increments are asked for, but a server may send everything so far with each frame all the same: both are read.
+    Increments are asked for, but a server may send everything so far with each frame all the same: both are read. The
+    models for deep research have a message in place of choices, and misspell how they have finished.
     """
 
     def __init__(self, model: str = "") -> None:
@@ -68,9 +69,14 @@ class DashScopeDecoder(FrameDecoder):
         elif isinstance(output, dict):
             self._take_output(output)
 
+    def _is_keep_alive(self, frame: Mapping[str, Any]) -> bool:
+        output = frame.get("output")
+        message = output.get("message") if isinstance(output, dict) else None
+        return isinstance(message, dict) and message.get("phase") == "KeepAlive"
+
     def _take_output(self, output: Mapping[str, Any]) -> None:
         choice = _first_choice(output)
-        message = choice.get("message")
+        message = choice.get("message", output.get("message"))
         self._take_message(message if isinstance(message, dict) else {"content": output.get("text")})
         search = output.get("search_info")
         if isinstance(search, dict):
@@ -78,7 +84,7 @@ class DashScopeDecoder(FrameDecoder):
         self._emit_annotations(output.get("tool_info"))
         if isinstance(audio := output.get("audio"), dict):
             self._emit_audio(audio.get("data"), audio.get("transcript"))
-        reason = choice.get("finish_reason", output.get("finish_reason"))
+        reason = choice.get("finish_reason", output.get("finish_reason", output.get("fininshed_reason")))
         if reason not in _RUNNING and isinstance(reason, str):
             self._increments.end()
             self._finish(reason)

@@ -13,6 +13,8 @@ from deltafan_worker._plain import plain, whole_characters
 from deltafan_worker._sse import SseDecoder, SseEvent, SseLimitExceeded
 from deltafan_worker._upstream_error import UpstreamError
 
+_KEEP_ALIVES = ("ping", "keepalive", "keep-alive", "heartbeat")
+_KEEP_ALIVE_EVENTS = frozenset(name.encode() for name in _KEEP_ALIVES)
 TRUNCATED = "the stream ended before the answer did"
 
 
@@ -72,6 +74,10 @@ class FrameDecoder:
                 return None
         return self._deltas.popleft()
 
+    def _is_keep_alive(self, frame: Mapping[str, Any]) -> bool:
+        """Whether a frame says nothing but that the server is there: it does not count against a silence."""
+        return frame.get("type") in _KEEP_ALIVES
+
     def _take_object(self, frame: dict[str, Any], event: SseEvent) -> None:
         """Take one frame; called until there is an error."""
         raise NotImplementedError
@@ -84,21 +90,14 @@ class FrameDecoder:
         try:
             frame = parse_object(data)
         except ValueError:
-            self._take_lines(event)
+            if event.event not in _KEEP_ALIVE_EVENTS:
+                message = "the provider sent a frame that is not a JSON object"
+                self._fail(UpstreamError(code="bad_frame", message=message, retryable=True))
             return
-        self.frames += 1
+        if not (event.event in _KEEP_ALIVE_EVENTS or self._is_keep_alive(frame)):
+            self.frames += 1
         if self._error is None:
             self._take_object(frame, event)
-
-    def _take_lines(self, event: SseEvent) -> None:
-        """Frames of a server that leaves out the blank lines between them, or no frame at all."""
-        lines = [line for line in event.data.split(b"\n") if line.strip()]
-        if len(lines) > 1:
-            for line in lines:
-                self._take_frame(event._replace(data=line))
-        else:
-            message = "the provider sent a frame that is not a JSON object"
-            self._fail(UpstreamError(code="bad_frame", message=message, retryable=True))
 
     def _fail(self, error: UpstreamError) -> None:
         """The first error counts. One behind the finish takes nothing back of an answer that is whole."""

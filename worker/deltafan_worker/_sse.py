@@ -2,7 +2,8 @@
 
 The standard's rules (WHATWG HTML, "Interpreting an event stream"), and on purpose these divergences:
 - an event that is pending at the end of input is delivered: several servers leave out the last blank line;
-- an `id:` or `event:` line while data is pending ends the event: older gateways leave out all blank lines;
+- an `id:` or `event:` line while data is pending ends the event, and so does data that can only be the next object:
+  older gateways leave out all blank lines;
 - a block without data, or whose data is empty, is a keep-alive and delivers nothing, whatever else it holds;
 - the comment `:HTTP_STATUS/nnn` is kept, the only place where DashScope tells a status inside a 200;
 - `id:` and `retry:` have no meaning here: nobody reconnects to a model call.
@@ -16,6 +17,8 @@ from typing import NamedTuple
 DEFAULT_LIMIT_BYTES = 64 * 1024 * 1024
 """For one event. A whole response with images or audio in base64 comes as one line of many MiB."""
 
+_LINE_BYTES = 64
+"""What a line of its own takes in memory, however short it is."""
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 _STATUS = re.compile(rb":\s*HTTP_STATUS/(\d{3})")
 _BOM = b"\xef\xbb\xbf"
@@ -134,8 +137,10 @@ class SseDecoder:
             self._dispatch()
         elif line.startswith(b"data:"):
             value = line[6:] if line[5:6] == b" " else line[5:]
+            if self._data and self._data[-1].endswith(b"}") and value.startswith((b"{", b"[DONE]")):
+                self._dispatch()  # no JSON has one of these behind the other
+            self._data_bytes += len(value) + (_LINE_BYTES if self._data else 0)
             self._data.append(value)
-            self._data_bytes += len(value)
         elif line.startswith((b"event:", b"id:")):
             if self._data:
                 self._dispatch()
@@ -147,7 +152,7 @@ class SseDecoder:
     def _dispatch(self) -> None:
         if self._data:
             data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
-            if len(data) > self._limit_bytes:
+            if self._data_bytes > self._limit_bytes:
                 self._exceeded = True
             elif data.strip():
                 self._events.append(SseEvent(self._event, data, self._status))

@@ -139,7 +139,7 @@ def _publish_decoded(decoder: Decoder, publish: Callable[[list[Delta]], None]) -
 
 async def _open(session: aiohttp.ClientSession, route: Route, call: HttpCall) -> aiohttp.ClientResponse:
     """The response, to be left by whoever reads it."""
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=route.timeouts.connect_s)
+    timeout = aiohttp.ClientTimeout(total=None, connect=route.timeouts.connect_s)  # from the name's address to TLS
     try:
         options: Any = {"headers": call.headers, "timeout": timeout, "allow_redirects": False}
         response = await session.request(call.method, call.url, data=call.data, **options)

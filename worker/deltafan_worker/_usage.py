@@ -68,10 +68,10 @@ def normalise(raw: Mapping[str, Any]) -> TokenCounts:
     total = _count(raw, "total_tokens")
     if total is None and input_tokens is not None and output_tokens is not None:
         total = input_tokens + output_tokens
-    inside_input, inside_output = _details(raw, _INPUT_DETAILS), _details(raw, _OUTPUT_DETAILS)
-    # DashScope's Responses tells of cache writes only in a copy of the bill.
-    inside_cache = {**_billed_input(raw), **inside_input}
-    cached = _count(inside_cache, "cached_tokens")
+    # DashScope's Responses tells of cache writes and of speech only in a copy of the bill.
+    inside_input = {**_billed(raw, _INPUT_DETAILS), **_details(raw, _INPUT_DETAILS)}
+    inside_output = {**_billed(raw, _OUTPUT_DETAILS), **_details(raw, _OUTPUT_DETAILS)}
+    cached = _count(inside_input, "cached_tokens")
     heard = _count(inside_input, "audio_tokens")
     reasoning = _count(inside_output, "reasoning_tokens")
     return TokenCounts(
@@ -79,7 +79,7 @@ def normalise(raw: Mapping[str, Any]) -> TokenCounts:
         output_tokens=output_tokens,
         total_tokens=total,
         cached_input_tokens=cached if cached is not None else _count(raw, "prompt_cache_hit_tokens"),
-        cache_write_tokens=_count(inside_cache, "cache_creation_input_tokens", "cache_write_tokens"),
+        cache_write_tokens=_count(inside_input, "cache_creation_input_tokens", "cache_write_tokens"),
         reasoning_tokens=reasoning if reasoning is not None else _count(raw, "reasoning_tokens"),
         input_audio_tokens=heard if heard is not None else _count(raw, "audio_tokens"),
         output_audio_tokens=_count(inside_output, "audio_tokens"),
@@ -128,10 +128,10 @@ def _details(raw: Mapping[str, Any], names: tuple[str, ...]) -> Mapping[str, Any
     return found
 
 
-def _billed_input(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+def _billed(raw: Mapping[str, Any], names: tuple[str, ...]) -> Mapping[str, Any]:
     copies = raw.get("x_details")
     first = copies[0] if isinstance(copies, list) and copies else None
-    return _details(first, _INPUT_DETAILS) if isinstance(first, dict) else {}
+    return _details(first, names) if isinstance(first, dict) else {}
 
 
 def _count(data: Mapping[str, Any], *names: str) -> int | None:
