@@ -228,6 +228,11 @@ async def has_no_lease(redis: Redis, job_id: str) -> bool:
     return not await redis.exists(f"arq:in-progress:{job_id}")
 
 
+async def lease_end_ms(redis: Redis, job_id: str) -> float:
+    left_ms = int(await redis.pttl(f"arq:in-progress:{job_id}"))
+    return time.time() * 1000 + left_ms if left_ms > 0 else 0.0
+
+
 async def is_put_off(redis: Redis, job_id: str) -> bool:
     score = await redis.zscore("deltafan:queue:interactive", job_id)
     return bool(score and score > time.time() * 1000)
@@ -274,6 +279,29 @@ async def test_a_server_that_refuses_to_give_jobs_out_is_asked_now_and_then(
         await redis.config_set("maxmemory", "0")
     said = [record.message for record in caplog.records if "the queue's Redis" in record.message]
     assert len(said) == 2, said
+
+
+async def test_a_server_without_memory_does_not_cost_the_leases(
+    producer: Producer, redis: Redis, redis_url: str, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    gate = asyncio.Event()
+    upstream.then([script.delta(content="Hello"), gate, *script.ending()])
+    async with running_worker(settings_env(redis_url, upstream.url, tmp_path, lease_s=2)):
+        job = await producer.submit(model="sim", messages=HI)
+        await wait_until(lambda: upstream.requests, "it runs")
+        try:
+            await redis.config_set("maxmemory", "1")
+            end_ms = await lease_end_ms(redis, job.id)
+
+            async def is_renewed() -> bool:
+                return await lease_end_ms(redis, job.id) > end_ms + 1000
+
+            await wait_until(is_renewed, "it is renewed again and again")
+            score = await redis.zscore("deltafan:queue:interactive", job.id)
+            assert int(score or 0) > end_ms + 900, "and its turn put off"
+        finally:
+            await redis.config_set("maxmemory", "0")
+            gate.set()
 
 
 @pytest.mark.parametrize("reason", [Reason.ABORTED, Reason.HAND_OVER])

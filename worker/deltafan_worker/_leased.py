@@ -101,8 +101,7 @@ class LeasedWorker(Worker):
             # The lease bounds a run and `begin` counts the runs: arq's own limits stay out of the way.
             job_timeout=_FOREVER_S,
             max_tries=_ENDLESS_TRIES,
-            # arq would forget an abort before anything is done about it. Claims and heartbeats report it.
-            allow_abort_jobs=False,
+            allow_abort_jobs=False,  # arq forgets an abort before it is done; claims and heartbeats report it
             handle_signals=False,
             job_serializer=serialize,
             job_deserializer=deserialize,

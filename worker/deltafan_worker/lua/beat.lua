@@ -15,7 +15,12 @@ for i = 2, #ARGV, 3 do
   elseif not holder and not redis.call('ZSCORE', queue, id) then
     answer = 'N'
   else
-    redis.call('SET', in_progress, token, 'PX', lease_ms)
+    -- A server without memory refuses SET where it is a script's first write: all leases would end.
+    if holder then
+      redis.call('PEXPIRE', in_progress, lease_ms)
+    else
+      redis.call('SET', in_progress, token, 'PX', lease_ms)
+    end
     redis.call('ZADD', queue, 'XX', now + lease_ms, id)
     if redis.call('ZSCORE', 'arq:abort', id) then answer = 'A' end
   end

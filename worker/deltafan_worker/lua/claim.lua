@@ -3,7 +3,8 @@
 -- workers for a moment, which may just have been unable to renew their leases), 7 index of the queue whose jobs are
 -- urgent (0 none), 8.. (queue index, how many of it in all so far) for each pass, in order
 -- Returns {ms until the next job may be due or -1, {id, queue index, score, claim number, 1 when its abort was requested,
--- group whose limits count it, tokens, grant, or '', …}, {for each queue 1 when due jobs are left}, second, 1 when some provider has asked for less}
+-- group whose limits count it, tokens, grant, or '', …}, {for each queue 1 when due jobs are left}, second,
+-- 1 when some provider has asked for less}
 -- The in-progress key is the lock; the score is a hint that takes a running job off the head of the queue and
 -- makes it due again by itself when its lease ends.  Times are scores of the jobs that were due before: their leases
 -- ended, or they were given back.  They go first.  What is smaller than any time is a place in a fair queue.
