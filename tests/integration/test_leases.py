@@ -332,6 +332,25 @@ async def test_a_job_that_has_not_started_yet_can_be_interrupted(
     assert len(upstream.requests) == (0 if reason is Reason.ABORTED else 1)
 
 
+async def test_the_answer_for_a_lease_that_was_taken_anew_meanwhile_is_no_answer_for_that(
+    worker: LeasedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = a_claim(1)
+
+    async def taken_meanwhile(_pool: Any, script: Any, *_: Any) -> Any:
+        if script.name != "beat":
+            return [-1, [], [0, 0], 0, 0]
+        claim.token = "me:2"
+        return [b"L"]
+
+    monkeypatch.setattr(_leased, "run_script", taken_meanwhile)
+    monkeypatch.setitem(worker.claims, "j", claim)
+    await worker._beat()
+    assert claim.renewed
+    await worker._beat()
+    assert not claim.renewed
+
+
 async def test_an_abort_whose_notice_was_lost_is_noticed_again(
     producer: Producer, consumer: Consumer, redis: Redis, worker: LeasedWorker, upstream: ScriptedUpstream
 ) -> None:

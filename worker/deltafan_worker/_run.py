@@ -177,11 +177,12 @@ class JobRunner:
                 note = _note(meter, writer, "failed") if meter and meter.was_taken else b""
                 if await writer.hand_over(note, unless_cancelled=True):
                     raise
-                ending = Ending.cancelled("requested")
+                ending = _DEFECT  # never read: the cancel whose reason is in the state wins, or the job is another's
             if ending is None:
                 await self._let_go(writer, meter, claim)
                 return
             if meter is not None and self._may_run_again(job, writer, ending, plan):
+                claim.notes = _notes_of(meter, writer)  # should the job be another's by now
                 leftover, note = await self._left_by_us(job, writer, ending, meter), _note(meter, writer, "interrupted")
                 verdict, meter, plan = await self._begin(job, writer, leftover, note)
             else:
@@ -223,7 +224,7 @@ class JobRunner:
         if not job.goes_on:
             return Leftover()
         if ending.failure is not None and ending.failure.code in UNREADABLE:
-            await self._calls.end_background(job.routes, meter.response)
+            await writer.interrupt.run(self._calls.end_background(job.routes, meter.response))
             return Leftover()
         return Leftover(await writer.broken_off(), meter.response)
 
@@ -243,7 +244,7 @@ class JobRunner:
                 if isinstance(verdict, Moved):
                     continue
                 if isinstance(verdict, Begun) and plan.response is None:
-                    await self._calls.end_background(job.routes, leftover.response)
+                    await writer.interrupt.run(self._calls.end_background(job.routes, leftover.response))
                 return verdict, meter, plan
         raise AssertionError("an attempt from the start depends on nothing that could have moved")
 
@@ -276,12 +277,12 @@ class JobRunner:
 
     async def _let_go(self, writer: StreamWriter, meter: CallMeter | None, claim: Claim) -> None:
         """Leave a running job to the next worker, with its bill so far."""
-        claim.leave, claim.status, claim.release_delay_ms = Leave.RELEASE, "running", 0
+        claim.leave, claim.status, claim.release_delay_ms, claim.notes = Leave.RELEASE, "running", 0, ()
         if writer.interrupt.reason is Reason.HAND_OVER:
             called = meter is not None and (_was_made(meter) or meter.response is not None)
-            await writer.hand_over(_note(meter, writer, "handed_over") if called else b"")
-        else:
-            claim.notes = _notes_of(meter, writer)
+            if await writer.hand_over(_note(meter, writer, "handed_over") if called else b""):
+                return
+        claim.notes = _notes_of(meter, writer)
 
     def _settle(self, claim: Claim, verdict: Ended | NotOurs, writer: StreamWriter, meter: CallMeter | None) -> None:
         if isinstance(verdict, Ended):
@@ -289,7 +290,7 @@ class JobRunner:
             return
         delay_ms = 0 if writer.interrupt.reason is Reason.HAND_OVER else RELEASE_DELAY_MS
         claim.leave, claim.status, claim.release_delay_ms = Leave.RELEASE, "running", delay_ms
-        claim.notes = _notes_of(meter, writer)
+        claim.notes = _notes_of(meter, writer) or claim.notes
 
     def _meter(self, job: _Job, plan: Plan) -> CallMeter | None:
         if job.request is None or job.refusal is not None:
