@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import aclosing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, aclosing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ EXIT_PARTLY = 3
 REPORT_S = 2.0
 UNHEARD_S = 10 * REPORT_S
 """A runner that has said nothing for so long is dead, or its machine is cut off."""
+_GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,40 +52,45 @@ class Request:
 def check_batch(request: Request, catalogue: Catalogue) -> int:
     """Read everything, send nothing."""
     estimate = Estimate(catalogue)
-    with _opened(request, estimate, check_only=True) as files:
-        left = files.rows - files.answered
-        out.print(f"{files.rows:,} rows, all usable; {left:,} without an answer; batch {files.batch_id}", markup=False)
+    with opened(request, estimate, check_only=True) as files:
+        rows, answered, batch_id = files.rows, files.answered, files.batch_id
+    if request.as_json:
+        print_json({"id": batch_id, "rows": rows, "answered": answered, "estimate": estimate.to_json()})
+        return 0
+    out.print(f"{rows:,} rows, all usable; {rows - answered:,} without an answer; batch {batch_id}", markup=False)
     for line in estimate.lines():
         out.print(line, markup=False)
     return 0
 
 
-async def run_batch(request: Request, producer: Producer, consumer: Consumer, catalogue: Catalogue) -> int:
+async def run_batch(
+    request: Request, files: BatchFiles, estimate: Estimate, producer: Producer, consumer: Consumer
+) -> int:
     """Run what has no answer yet. Returns the exit code."""
-    estimate = Estimate(catalogue)
-    with _opened(request, estimate) as files:
-        tally, state = Tally.of(files, request.limit_cost, estimate.mean()), "interrupted"
-        batch = Batch(
-            producer,
-            consumer,
-            batch_id=files.batch_id,
-            window=lambda: min(request.window, tally.affords()),
-            tenant=request.tenant,
-            tries=files.tries,
-        )
-        await producer.report_batch(files.batch_id, _fields(tally, "running"), is_first=True)
-        err.print(f"batch {files.batch_id}: {files.rows:,} rows, {files.answered:,} answered before", markup=False)
-        for line in estimate.lines():
-            err.print(line, markup=False)
-        try:
-            async with background(_report(tally, batch, producer, files.batch_id, request), "report"):
-                state = await _run(batch, files, tally, request)
-        except asyncio.CancelledError:
-            err.print("interrupted; the same command goes on from here")
-            raise
-        finally:
-            with suppress(RedisUnavailable):
-                await producer.report_batch(files.batch_id, _fields(tally, state))
+    tally, state = Tally.of(files, request.limit_cost, estimate.mean()), "interrupted"
+    batch = Batch(
+        producer,
+        consumer,
+        batch_id=files.batch_id,
+        window=lambda: min(request.window, tally.affords()),
+        tenant=request.tenant,
+        tries=files.tries,
+    )
+    await producer.report_batch(files.batch_id, _fields(tally, "running"), is_first=True)
+    err.print(f"batch {files.batch_id}: {files.rows:,} rows, {files.answered:,} answered before", markup=False)
+    for line in estimate.lines():
+        err.print(line, markup=False)
+    reporter = Reporter(request, tally, batch, files.batch_id, producer, estimate)
+    try:
+        async with background(reporter.run(), "report"):
+            state = await _run(batch, files, tally, request)
+    except asyncio.CancelledError:
+        err.print("interrupted; the same command goes on from here")
+        err.print(f"deltafan batch cancel {files.batch_id} ends the rows that wait", markup=False)
+        raise
+    finally:
+        with suppress(RedisUnavailable):
+            await producer.report_batch(files.batch_id, _fields(tally, state))
     _summary(tally, state, request)
     return 0 if tally.is_whole else EXIT_PARTLY
 
@@ -94,8 +100,10 @@ async def _run(batch: Batch, files: BatchFiles, tally: Tally, request: Request) 
         batch.stop()
     async with aclosing(batch.run(files.pending(), ordered=request.ordered)) as outcomes:
         async for outcome in outcomes:
-            files.write(outcome)
-            tally.in_flight = len(batch.in_flight)
+            if request.output is not None:
+                files.write(outcome)
+            else:  # whoever reads it may be slow, and must not hold up the rest
+                await asyncio.to_thread(files.write, outcome)
             tally.add(outcome)
             if tally.is_spent:
                 batch.stop()
@@ -107,46 +115,82 @@ async def _run(batch: Batch, files: BatchFiles, tally: Tally, request: Request) 
 
 
 @contextmanager
-def _opened(request: Request, estimate: Estimate, *, check_only: bool = False) -> Iterator[BatchFiles]:
-    with TemporaryDirectory(prefix="deltafan-batch-") as folder:
-        source, output, errors = request.source, request.output, request.errors
-        if source is not None and not source.is_file():
-            raise InvalidRequest("input", f"there is no file {source}")
-        if source is None:
-            source = Path(folder) / "input.jsonl"
-            with source.open("wb") as spool:
-                shutil.copyfileobj(sys.stdin.buffer, spool)
-        with BatchFiles.open(
-            source,
-            output or sys.stdout.buffer,
-            errors or (output.with_name(output.name + ".errors") if output else sys.stderr.buffer),
-            model=request.model,
-            batch_id=request.batch_id,
-            max_body_bytes=request.max_body_bytes,
-            check_only=check_only,
-            on_row=estimate.add,
-        ) as files:
-            if request.limit_cost is not None and estimate.unpriced:
-                model = next(iter(estimate.unpriced))
-                raise InvalidRequest("limit_cost", f"model {model} has no price in the catalogue, so it can not hold")
-            yield files
+def opened(request: Request, estimate: Estimate, *, check_only: bool = False) -> Iterator[BatchFiles]:
+    """The batch's files, all of them read and checked."""
+    output = request.output
+    if output is not None and output.suffix == ".gz":
+        raise InvalidRequest("output", f"{output} would hold plain text; name it without .gz")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="deltafan-batch-")))
+        with err.status("reading and checking the rows") if err.is_terminal else nullcontext():
+            source, name = _source(request.source, folder)
+            files = stack.enter_context(
+                BatchFiles.open(
+                    source,
+                    output or sys.stdout.buffer,
+                    request.errors or (output.parent / f"{output.name}.errors" if output else sys.stderr.buffer),
+                    model=request.model,
+                    batch_id=request.batch_id,
+                    max_body_bytes=request.max_body_bytes,
+                    check_only=check_only,
+                    on_row=estimate.add,
+                    source_name=name,
+                )
+            )
+        if request.limit_cost is not None and estimate.unpriced:
+            model = next(iter(estimate.unpriced))
+            raise InvalidRequest("limit_cost", f"model {model} has no price in the catalogue, so it can not hold")
+        yield files
 
 
-async def _report(tally: Tally, batch: Batch, producer: Producer, batch_id: str, request: Request) -> None:
-    """Tell the terminal and other machines how far it is; heed a cancel from either."""
-    with Live(console=err, auto_refresh=False, transient=True) if err.is_terminal else nullcontext() as live:
-        while True:
-            tally.in_flight = len(batch.in_flight)
-            progress, waits = tally.progress(), "Redis can not be reached; waiting"
-            with suppress(RedisUnavailable):
-                waits = _waits(await producer.limits())
-                if await producer.report_batch(batch_id, {**_fields(tally, "running"), "waits": waits}):
-                    await batch.cancel()
-            if live is not None:
-                live.update(_bar(progress, waits), refresh=True)
-            elif not request.as_json:
-                err.print(_line(progress, waits), markup=False)
-            await asyncio.sleep(REPORT_S)
+def _source(given: Path | None, folder: Path) -> tuple[Path, str]:
+    """The input as a file, since it is read twice, and what to call it."""
+    if given is not None and given.is_file():
+        return given, str(given)
+    if given is not None and (given.is_dir() or not given.exists()):
+        raise InvalidRequest("input", f"there is no file {given}")
+    with given.open("rb") if given is not None else nullcontext(sys.stdin.buffer) as pipe:
+        head = pipe.read(len(_GZIP))
+        name = "input.jsonl.gz" if head == _GZIP else "input.jsonl"
+        with (folder / name).open("wb") as spool:
+            spool.write(head)
+            shutil.copyfileobj(pipe, spool)
+    return folder / name, "standard input" if given is None else str(given)
+
+
+class Reporter:
+    """Tells the terminal and other machines how far a batch is, and heeds a cancel from either."""
+
+    def __init__(
+        self, request: Request, tally: Tally, batch: Batch, batch_id: str, producer: Producer, estimate: Estimate
+    ) -> None:
+        self._as_json, self._tally, self._batch = request.as_json, tally, batch
+        self._batch_id, self._producer, self._estimate = batch_id, producer, estimate
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        with Live(console=err, auto_refresh=False, transient=True) if err.is_terminal else nullcontext() as live:
+            while True:
+                self._tally.in_flight = len(self._batch.in_flight)
+                waits = await self._tell()
+                if live is not None:
+                    live.update(_bar(self._tally.progress(), waits), refresh=True)
+                elif not self._as_json:
+                    err.print(_line(self._tally.progress(), waits), markup=False)
+                await asyncio.sleep(REPORT_S)
+
+    async def _tell(self) -> str:
+        """Report to Redis. Returns why the batch waits, if it does."""
+        waits = "Redis can not be reached; waiting"
+        with suppress(RedisUnavailable):
+            limits = [limit for limit in await self._producer.limits() if self._estimate.uses(limit.name)]
+            waits = "; ".join(filter(None, (self._batch.held_up, _waits(limits))))
+            if not waits and self._tally.in_flight and self._tally.quiet_s > UNHEARD_S:
+                waits = f"no row has ended for {self._tally.quiet_s:,.0f} s; does a worker run?"
+            fields = {**_fields(self._tally, "running"), "waits": waits}
+            if await self._producer.report_batch(self._batch_id, fields):
+                await self._batch.cancel()
+        return waits
 
 
 def _fields(tally: Tally, status: str) -> dict[str, Any]:
@@ -170,7 +214,7 @@ def _waits(limits: list[Limit]) -> str:
 
 def _line(progress: Mapping[str, Any], waits: str) -> str:
     ended = progress["answered"] + progress["failed"]
-    parts = [f"{ended:,} of {progress['rows']:,} ({progress['failed']:,} failed, {progress['running']:,} running)"]
+    parts = [f"{ended:,} of {progress['rows']:,} ({progress['failed']:,} failed, {progress['in_flight']:,} in flight)"]
     parts.append(f"{progress['tokens_per_s']:,} tokens/s")
     if progress["cost"]:
         parts.append(money(progress["cost"]))
@@ -192,9 +236,10 @@ def _bar(progress: Mapping[str, Any], waits: str) -> Table:
 
 def _summary(tally: Tally, state: str, request: Request) -> None:
     progress = tally.progress()
-    latencies = {f"p{percent}_s": round(tally.percentile(percent), 3) for percent in (50, 90, 99)}
+    latencies, model_latencies = tally.latency.percentiles(), tally.model_latency.percentiles()
     if request.as_json:
-        report = {**progress, **latencies, "status": state, "errors": dict(tally.errors)}
+        of_model = {f"model_{name}": value for name, value in model_latencies.items()}
+        report = {**progress, **latencies, **of_model, "status": state, "errors": dict(tally.errors)}
         target = sys.stdout if request.output is not None else sys.stderr
         print(json.dumps(report), file=target)
         return
@@ -204,7 +249,8 @@ def _summary(tally: Tally, state: str, request: Request) -> None:
     table.add_row("failed", Text(f"{tally.failed:,}{kinds}"))
     table.add_row("tokens", f"{progress['input_tokens']:,} in, {progress['output_tokens']:,} out")
     table.add_row("cost", money(tally.cost) if tally.cost else "not known")
-    table.add_row("latency", ", ".join(f"{name.removesuffix('_s')} {value:g} s" for name, value in latencies.items()))
+    for name, values in (("latency", latencies), ("of the model", model_latencies)):
+        table.add_row(name, ", ".join(f"{key.removesuffix('_s')} {value:g} s" for key, value in values.items()))
     err.print(table)
 
 
@@ -221,11 +267,11 @@ async def batch_status(producer: Producer, batch_id: str | None, *, as_json: boo
             print_json({"id": id_, **fields})
         return 0
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("batch", "status", "answered", "failed", "running", "cost", "heard of"):
+    for name in ("batch", "status", "answered", "failed", "in flight", "cost", "heard of"):
         table.add_column(name, no_wrap=True)
     for id_, fields in shown.items():
         answered = f"{fields.get('answered', '0')} of {fields.get('rows', '?')}"
-        counts = [fields.get("failed", "0"), fields.get("running", "0")]
+        counts = [fields.get("failed", "0"), fields.get("in_flight", "0")]
         table.add_row(id_, fields["status"], answered, *counts, money(fields["cost"]), f"{fields['ago_s']:.0f} s ago")
     out.print(table)
     for id_, fields in shown.items():

@@ -1,11 +1,16 @@
 """The commands of `deltafan batch`."""
 
+import signal
+import sqlite3
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from deltafan import DeltafanError
 from deltafan_cli._commands import AsJson, await_, consumer_of, producer_of, read_settings
 from deltafan_config import Catalogue, Settings
 
@@ -57,21 +62,44 @@ def batch_run(
         as_json=as_json,
         max_body_bytes=settings.max_body_bytes,
     )
-    sys.exit(_check_or_run(request, settings, check=check))
+    with _ending_well():
+        sys.exit(_check_or_run(request, settings, check=check))
 
 
 def _check_or_run(request: "Request", settings: Settings, *, check: bool) -> int:
-    from deltafan_cli._batch import check_batch, run_batch
+    from deltafan_cli._batch import check_batch, opened, run_batch
+    from deltafan_cli._estimate import Estimate
 
     catalogue = Catalogue.load(settings.models)
     if check:
         return check_batch(request, catalogue)
+    estimate = Estimate(catalogue)
+    # What takes long and waits for nobody is done before there is an event loop, where Ctrl-C ends it at once.
+    with opened(request, estimate) as files:
 
-    async def work() -> int:
-        async with producer_of(settings) as producer, consumer_of(settings) as consumer:
-            return await run_batch(request, producer, consumer, catalogue)
+        async def work() -> int:
+            async with producer_of(settings) as producer, consumer_of(settings) as consumer:
+                return await run_batch(request, files, estimate, producer, consumer)
 
-    return await_(work())
+        return await_(work())
+
+
+@contextmanager
+def _ending_well() -> Iterator[None]:
+    """SIGTERM is Ctrl-C, and what a disk or a pipe says is a sentence."""
+    from deltafan_cli._view import err
+
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    except (DeltafanError, BrokenPipeError):
+        raise
+    except (OSError, sqlite3.Error) as error:
+        name = getattr(error, "filename", None)
+        why = getattr(error, "strerror", None) or str(error)
+        err.print(f"{name}: {why}" if name else why, markup=False)
+        err.print("once that is mended, the same command goes on from here")
+        sys.exit(1)
 
 
 @batch_app.command("status")

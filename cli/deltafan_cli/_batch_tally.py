@@ -11,9 +11,32 @@ from typing import Any
 from deltafan.batch import BatchFiles, Outcome
 
 _SAMPLES = 20_000
-"""Latencies that the percentiles are taken from; more would only cost memory."""
+"""Values that percentiles are taken from; more would only cost memory."""
 _FEW = 10
 """Rows that are tried before one has told what a row costs."""
+
+
+@dataclass(slots=True)
+class Sample:
+    """Percentiles of seconds, at bounded memory."""
+
+    seen: int = 0
+    values: list[float] = field(default_factory=list)
+
+    def add(self, value: float) -> None:
+        """Take a value into account."""
+        self.seen += 1
+        if len(self.values) < _SAMPLES:
+            self.values.append(value)
+        elif (place := random.randrange(self.seen)) < _SAMPLES:  # so that each is as likely to be kept
+            self.values[place] = value
+
+    def percentiles(self) -> dict[str, float]:
+        """By nearest rank."""
+        ordered = sorted(self.values) or [0.0]
+        return {
+            f"p{percent}_s": round(ordered[round(percent / 100 * (len(ordered) - 1))], 3) for percent in (50, 90, 99)
+        }
 
 
 @dataclass(slots=True)
@@ -31,7 +54,11 @@ class Tally:
     in_flight: int = 0
     started_s: float = field(default_factory=time.monotonic)
     errors: Counter[str] = field(default_factory=Counter)
-    seconds: list[float] = field(default_factory=list)
+    latency: Sample = field(default_factory=Sample)
+    """Of rows: from submit to end, so most of it is waiting for a slot, behind the rows before."""
+    model_latency: Sample = field(default_factory=Sample)
+    """Of their last model calls."""
+    last_end_s: float = field(default_factory=time.monotonic)
     limit_cost: float | None = None
     guess: Mapping[str, float] = field(default_factory=dict)
     """What a row may cost, by currency, as long as none has told."""
@@ -47,6 +74,11 @@ class Tally:
     def ended(self) -> int:
         """Rows of this run that have ended."""
         return self.answered + self.failed
+
+    @property
+    def quiet_s(self) -> float:
+        """How long ago the last row ended."""
+        return time.monotonic() - self.last_end_s
 
     @property
     def left(self) -> int:
@@ -65,11 +97,11 @@ class Tally:
         else:
             self.failed += 1
             self.errors[outcome.error_code or "unknown"] += 1
-        if len(self.seconds) < _SAMPLES:
-            self.seconds.append(outcome.seconds)
-        elif (place := random.randrange(self.ended)) < _SAMPLES:  # so that each row is as likely to be a sample
-            self.seconds[place] = outcome.seconds
+        self.last_end_s = time.monotonic()
+        self.latency.add(outcome.seconds)
         if (usage := outcome.generation.usage) is not None:
+            if usage.duration_ms is not None:
+                self.model_latency.add(usage.duration_ms / 1000)
             self.tokens.update(input_tokens=usage.input_tokens or 0, output_tokens=usage.output_tokens or 0)
             if usage.currency:
                 self.cost[usage.currency] += usage.cost or 0.0
@@ -103,15 +135,10 @@ class Tally:
             "rows": self.rows,
             "answered": self.answered_before + self.answered,
             "failed": self.failed,
-            "running": self.in_flight,
+            "in_flight": self.in_flight,
             "tokens_per_s": round((self.tokens["output_tokens"] - self.tokens_before) / elapsed_s, 1),
             "input_tokens": self.tokens["input_tokens"],
             "output_tokens": self.tokens["output_tokens"],
             "cost": {currency: round(cost, 6) for currency, cost in self.cost.items()},
             "left_s": round(self.left * elapsed_s / self.ended) if self.ended else 0,
         }
-
-    def percentile(self, percent: float) -> float:
-        """Seconds from submit to end, by nearest rank."""
-        ordered = sorted(self.seconds)
-        return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))] if ordered else 0.0

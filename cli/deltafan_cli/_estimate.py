@@ -24,6 +24,9 @@ class Estimate:
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
         self._prices: dict[str, Price | None] = {}
+        self._routes: set[str] = set()
+        self._is_surprised = False
+        """Whether there are models that only the workers can know."""
         self._input: defaultdict[str, float] = defaultdict(float)
         self._output: defaultdict[str, float] = defaultdict(float)
         self._rows = self._unbounded = 0
@@ -50,6 +53,19 @@ class Estimate:
         currencies = {*self._input, *self._output}
         return {currency: (self._input[currency] + self._output[currency]) / self._rows for currency in currencies}
 
+    def uses(self, name: str) -> bool:
+        """Whether rows may count for the limits of this provider, or `provider/model`."""
+        return name in self._routes or self._is_surprised
+
+    def to_json(self) -> dict[str, Any]:
+        """It by currency, and the rows whose cost, or whose output's, is not in it."""
+        return {
+            "input": dict(self._input),
+            "output_at_most": dict(self._output),
+            "unbounded_rows": self._unbounded,
+            "unpriced_rows": dict(self.unpriced),
+        }
+
     def lines(self) -> list[str]:
         """It in words."""
         lines = []
@@ -67,7 +83,10 @@ class Estimate:
         try:
             routes = self._catalogue.resolve(model)
         except UnknownModel:  # the workers' catalogue may know it
+            self._is_surprised = True
             return None
+        for route in routes:
+            self._routes |= {route.provider.name, f"{route.provider.name}/{route.model}"}
         return routes[0].price
 
 

@@ -1,8 +1,10 @@
 """`deltafan batch` as its users run it, and as its machines die."""
 
 import asyncio
+import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
 from deltafan.testing import Answer, Gap, Refuse, ScriptedUpstream, Text, scripted_upstream
 from support.valkey import Valkey
@@ -146,9 +149,85 @@ async def test_another_machine_cancels_it(env: dict[str, str], upstream: Scripte
     assert "batch cancelled" in ended.stderr
 
 
-def batch(env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
+def batch(env: dict[str, str], *args: str, given: bytes = b"") -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "deltafan_cli", "batch", *args]
-    return subprocess.run(program, check=False, env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+    whole = {**os.environ, **env}
+    ended = subprocess.run(program, check=False, env=whole, capture_output=True, input=given, timeout=60)
+    return subprocess.CompletedProcess(program, ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+
+
+@pytest.mark.parametrize("source", ["-", "/dev/stdin"])
+async def test_rows_come_from_a_pipe_packed_or_not(
+    env: dict[str, str], upstream: ScriptedUpstream, rows: Path, source: str
+) -> None:
+    plain = await asyncio.to_thread(rows.read_bytes)
+    for given in (plain, gzip.compress(plain)):
+        arguments = ("run", "--check", "--json", "-m", "sim", "-i", source, "-o", str(rows.with_name("none")))
+        looked = json.loads((await asyncio.to_thread(batch, env, *arguments, given=given)).stdout)
+        assert (looked["rows"], looked["answered"], looked["estimate"]["unbounded_rows"]) == (ROWS, 0, ROWS)
+        assert looked["estimate"]["input"]["USD"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interrupted_run_says_how_to_go_on_and_leaves_nothing_behind(
+    env: dict[str, str], upstream: ScriptedUpstream, rows: Path, tmp_path: Path, number: int
+) -> None:
+    upstream.standing = Answer([Text("Hello"), asyncio.Event()])
+    (folder := tmp_path / "tmp").mkdir()
+    whole = {**os.environ, **env, "TMPDIR": str(folder)}
+    async with running_worker(env):
+        runner = await asyncio.create_subprocess_exec(*command(rows), env=whole, stderr=subprocess.PIPE)
+        await wait_until(lambda: upstream.requests, "it runs")
+        runner.send_signal(number)
+        _, told = await asyncio.wait_for(runner.communicate(), 10)
+        shown = json.loads((await asyncio.to_thread(batch, env, "list", "--json")).stdout)
+    assert (runner.returncode, shown["status"], list(folder.iterdir())) == (130, "interrupted", [])
+    assert b"the same command goes on from here" in told
+    assert f"deltafan batch cancel {shown['id']} ends" in told.decode()
+
+
+async def test_the_first_ctrl_c_ends_the_reading_of_standard_input(env: dict[str, str], tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "deltafan_cli", "batch", "run", "-i", "-", "-o", str(tmp_path / "out")]
+    whole = {**os.environ, **env, "TMPDIR": str(tmp_path)}
+
+    def spooled() -> list[Path]:
+        return list(tmp_path.glob("deltafan-batch-*"))
+
+    runner = await asyncio.create_subprocess_exec(*program, env=whole, stdin=subprocess.PIPE)
+    await wait_until(spooled, "it reads")
+    runner.send_signal(signal.SIGINT)
+    assert await asyncio.wait_for(runner.wait(), 10) == 130
+    assert not spooled()
+
+
+async def test_a_slow_reader_of_the_answers_does_not_hold_up_the_heartbeat(
+    env: dict[str, str], upstream: ScriptedUpstream, rows: Path, redis: Redis
+) -> None:
+    upstream.standing = Answer([Text("x" * 4000)])
+    program = [*command(rows)[:-1], "-", "--id", "b"]
+    heard: set[bytes] = set()
+
+    async def was_heard(times: int) -> bool:
+        heard.add(await redis.execute_command("HGET", "deltafan:batch:b", "heard_s") or b"")
+        return len(heard) > times
+
+    async with running_worker(env):
+        runner = await asyncio.create_subprocess_exec(*program, env={**os.environ, **env}, stdout=subprocess.PIPE)
+        await wait_until(lambda: len(upstream.requests) == ROWS, "all are answered, and nobody reads")
+        heard.clear()
+        await wait_until(lambda: was_heard(3), "it is heard of again and again")
+        whole, _ = await asyncio.wait_for(runner.communicate(), 30)
+    assert (runner.returncode, whole.count(b"\n")) == (0, ROWS)
+
+
+async def test_a_full_disk_ends_in_a_sentence(env: dict[str, str], upstream: ScriptedUpstream, rows: Path) -> None:
+    arguments = ("run", "-m", "sim", "-i", str(rows), "-o", "/dev/full", "--errors", str(rows.with_name("errors")))
+    async with running_worker(env):
+        ended = await asyncio.to_thread(batch, env, *arguments)
+        shown = json.loads((await asyncio.to_thread(batch, env, "list", "--json")).stdout)
+    assert (ended.returncode, "Traceback" in ended.stderr, shown["status"]) == (1, False, "interrupted")
+    assert "/dev/full: No space left on device" in ended.stderr
+    assert "the same command goes on from here" in ended.stderr
 
 
 async def test_only_one_run_at_a_time_writes_an_output(
@@ -232,6 +311,10 @@ async def test_wrong_input_ends_in_a_sentence(env: dict[str, str], tmp_path: Pat
         ("-i", str(rows), "-o", str(rows)): "output: ",
         ("-i", str(rows), "-o", str(tmp_path / "no" / "out")): "output: ",
         ("-i", str(tmp_path / "none"), "-o", "-"): "input: there is no file",
+        ("-i", str(tmp_path), "-o", "-"): "input: there is no file",
+        ("-i", "-", "-o", "-"): "standard input, line 1: there is no row",
+        ("-i", str(rows), "-o", str(tmp_path / "out.gz")): "name it without .gz",
+        ("-i", str(rows), "-o", "."): "output: ",
         ("-i", str(rows), "-o", str(tmp_path / "out"), "--id", "2026/nightly"): "batch_id: ",
         ("-i", str(rows), "-o", str(tmp_path / "out"), "--tenant", "x" * 300): "tenant: ",
     }
@@ -240,4 +323,10 @@ async def test_wrong_input_ends_in_a_sentence(env: dict[str, str], tmp_path: Pat
         assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
         assert message in ended.stderr
     nobody = await asyncio.to_thread(batch, env, "cancel", "nightly")
-    assert (nobody.returncode, nobody.stderr.count("\n")) == (1, 1)
+    assert (nobody.returncode, nobody.stderr) == (
+        1,
+        "nothing is known of batch nightly: it never ran here, or it is too long ago\n",
+    )
+    down = env | {"DELTAFAN_REDIS_URL": "redis://127.0.0.1:1"}
+    broken = await asyncio.to_thread(batch, down, "run", "-i", "-", "-o", "-", given=b"{\n")
+    assert (broken.returncode, "standard input, line 1: is not JSON" in broken.stderr) == (2, True)

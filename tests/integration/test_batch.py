@@ -84,9 +84,13 @@ async def test_another_prompt_under_a_rows_id_is_an_error_that_names_the_row(
 async def test_a_full_lane_is_waited_for(
     redis_url: str, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
 ) -> None:
-    async with Producer.connect(redis_url, max_queued=5) as producer, running_worker(env):
-        ends = await endings(Batch(producer, consumer, batch_id="b"), rows(30))
-    assert (len(ends), all(ends.values()), len(upstream.requests)) == (30, True, 30)
+    async with Producer.connect(redis_url, max_queued=5) as producer, asyncio.TaskGroup() as tasks:
+        batch = Batch(producer, consumer, batch_id="b")
+        run = tasks.create_task(endings(batch, rows(30)))
+        await wait_until(lambda: batch.held_up == "the lane is full", "it says so")
+        async with running_worker(env):
+            ends = await run
+    assert (len(ends), all(ends.values()), len(upstream.requests), batch.held_up) == (30, True, 30, "")
 
 
 async def test_what_fails_while_its_submit_is_not_known_to_have_arrived_is_this_runs_failure(

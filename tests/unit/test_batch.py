@@ -80,7 +80,7 @@ def test_a_compressed_file_is_read_as_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ("{", "is not JSON"),
+        ('{"id": 1,', "is not JSON (unexpected end of data at character 11)"),
         ("[]", "is not a JSON object"),
         ({**OPENAI, "url": "/v1/embeddings"}, "url: only POST to"),
         ({**OPENAI, "method": "GET"}, "url: only POST to"),
@@ -184,6 +184,15 @@ def test_a_row_that_is_added_to_the_input_meanwhile_is_named(tmp_path: Path) -> 
     ):
         write(source, OPENAI, {**OPENAI, "custom_id": "b"})
         list(files.pending())
+
+
+def test_an_input_that_has_no_name_goes_by_the_one_it_is_given(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", OPENAI, OPENAI)
+    for text in (source.read_text(), "{", ""):
+        source.write_text(text)
+        with pytest.raises(BadInput, match=r"^standard input, line \d: "):
+            with BatchFiles.open(source, tmp_path / "out", tmp_path / "err", source_name="standard input"):
+                pass
 
 
 def test_looking_changes_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a limit of cost lets a batch do."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -8,13 +9,15 @@ from deltafan import Failure, Generation, UsageRecord
 from deltafan.batch import Outcome, Row
 from deltafan_cli._batch_tally import Tally
 
+ROW = Row(1, "a", "m", "chat", {})
+
 
 def tally(limit_cost: float | None, guess: Mapping[str, float] | None = None, *, before: int = 0) -> Tally:
     return Tally(rows=1000, answered_before=before, limit_cost=limit_cost, guess=guess or {})
 
 
-def ended(cost: float | None, currency: str = "USD", *, failed: bool = False) -> Outcome:
-    usage = UsageRecord(
+def usage_of(cost: float | None, currency: str) -> UsageRecord:
+    return UsageRecord(
         job_id="j",
         call_id="c",
         attempt=1,
@@ -27,9 +30,12 @@ def ended(cost: float | None, currency: str = "USD", *, failed: bool = False) ->
         cost=cost,
         currency=currency,
     )
+
+
+def ended(cost: float | None, currency: str = "USD", *, failed: bool = False) -> Outcome:
     failure = Failure("server_error", "down", retryable=True) if failed else None
-    generation = Generation(status="failed" if failed else "completed", usage=usage, failure=failure)
-    return Outcome(Row(1, "a", "m", "chat", {}), "j-0", generation, 1.0)
+    generation = Generation(status="failed" if failed else "completed", usage=usage_of(cost, currency), failure=failure)
+    return Outcome(ROW, "j-0", generation, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +78,16 @@ def test_each_currency_has_the_limit_to_itself_and_what_is_free_has_none() -> No
         one.add(ended(cost, currency))
     assert one.affords() == int(0.1 / (0.9 / 102))
     assert tally(None).affords() > 1_000_000
+
+
+def test_the_models_own_time_is_told_from_the_rows() -> None:
+    one = tally(None)
+    for milliseconds in range(1, 101):
+        usage = replace(usage_of(None, "USD"), duration_ms=milliseconds * 10)
+        one.add(Outcome(ROW, "j-0", Generation(status="completed", usage=usage), 30.0))
+    assert one.latency.percentiles() == {"p50_s": 30.0, "p90_s": 30.0, "p99_s": 30.0}
+    assert one.model_latency.percentiles() == {"p50_s": 0.51, "p90_s": 0.9, "p99_s": 0.99}
+    assert tally(None).latency.percentiles()["p99_s"] == 0.0
 
 
 def test_earlier_runs_count() -> None:

@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
@@ -36,6 +36,7 @@ class BatchFiles:
     batch_id: str
     rows: int
     _source: Path
+    _source_name: str
     _model: str | None
     _index: sqlite3.Connection
     answered: int = 0
@@ -60,11 +61,13 @@ class BatchFiles:
         max_body_bytes: int | None = None,
         check_only: bool = False,
         on_row: Callable[[Row], None] | None = None,
+        source_name: str | None = None,
     ) -> Iterator[Self]:
         """Check the input whole, then take up the output where an earlier run left it.
 
         The batch's id is that of its input, so the same rows are the same jobs, whoever runs them. With `check_only`
-        nothing is written or locked, and another run may go on meanwhile. `on_row` is shown each row once.
+        nothing is written or locked, and another run may go on meanwhile. `on_row` is shown each row once;
+        `source_name` is what errors call the input.
 
         Raises:
             BadInput: a line can not be used, is a duplicate, or the output is another batch's.
@@ -73,8 +76,10 @@ class BatchFiles:
         _tell_apart(source, output, errors)
         with ExitStack() as stack:
             index = stack.enter_context(_new_index())
-            rows = _index_rows(index, read_rows(source, model=model, max_body_bytes=max_body_bytes), source, on_row)
-            files = cls(batch_id or batch_id_of(source, model), rows, source, model, index)
+            name = source_name or str(source)
+            rows = read_rows(source, model=model, max_body_bytes=max_body_bytes, name=name)
+            count = _index_rows(index, rows, name, on_row)
+            files = cls(batch_id or batch_id_of(source, model), count, source, name, model, index)
             if not check_only:
                 files._output = stack.enter_context(_opened(output, "output"))
                 files._errors = stack.enter_context(_opened(errors, "errors"))
@@ -90,10 +95,10 @@ class BatchFiles:
 
     def pending(self) -> Iterator[Row]:
         """The rows without an answer, in the input's order."""
-        for row in read_rows(self._source, model=self._model):
+        for row in read_rows(self._source, model=self._model, name=self._source_name):
             known = self._index.execute("SELECT answered FROM row WHERE id = ?", (row.custom_id,)).fetchone()
             if known is None:
-                raise BadInput(str(self._source), row.line, "was not there when the file was checked; run it again")
+                raise BadInput(self._source_name, row.line, "was not there when the file was checked; run it again")
             if not known[0]:
                 yield row
 
@@ -110,8 +115,12 @@ class BatchFiles:
         custom_id = outcome.row.custom_id
         ((bill,),) = self._index.execute("SELECT bill FROM row WHERE id = ?", (custom_id,))
         earlier = orjson.loads(bill)
-        file.write(outcome.line(earlier))
-        file.flush()
+        try:
+            file.write(outcome.line(earlier))
+            file.flush()
+        except OSError as error:
+            error.filename = error.filename or file.name
+            raise
         self._note(custom_id, outcome.job_id, outcome.bill(earlier), answered=outcome.is_answer)
 
     def _note(self, custom_id: str, job_id: str, bill: Bill, *, answered: bool) -> None:
@@ -203,7 +212,8 @@ def _tell_apart(source: Path, output: Sink, errors: Sink) -> None:
 @contextmanager
 def _new_index() -> Iterator[sqlite3.Connection]:
     with TemporaryDirectory(prefix="deltafan-batch-") as folder:
-        index = sqlite3.connect(Path(folder) / "rows.db", isolation_level=None)
+        # SQLite serialises what threads do: one may write answers, and another read rows.
+        index = sqlite3.connect(Path(folder) / "rows.db", isolation_level=None, check_same_thread=False)
         try:
             # It lives as long as the run: what a crash would break is made anew.
             index.execute("PRAGMA journal_mode=OFF")
@@ -218,7 +228,7 @@ def _new_index() -> Iterator[sqlite3.Connection]:
 
 
 def _index_rows(
-    index: sqlite3.Connection, rows: Iterator[Row], source: Path, on_row: Callable[[Row], None] | None
+    index: sqlite3.Connection, rows: Iterator[Row], source: str, on_row: Callable[[Row], None] | None
 ) -> int:
     count = 0
     index.execute("BEGIN")
@@ -227,15 +237,14 @@ def _index_rows(
             index.execute("INSERT INTO row VALUES (?, ?, 0, 0, 0, '{}')", (row.custom_id, row.line))
         except sqlite3.IntegrityError:
             ((first,),) = index.execute("SELECT line FROM row WHERE id = ?", (row.custom_id,))
-            raise BadInput(
-                str(source), row.line, f"custom_id {row.custom_id!r} stands in line {first} already"
-            ) from None
+            why = f"custom_id {row.custom_id!r} stands in line {first} already"
+            raise BadInput(source, row.line, why) from None
         count += 1
         if on_row is not None:
             on_row(row)
     index.execute("COMMIT")
     if count == 0:
-        raise BadInput(str(source), 1, "there is no row")
+        raise BadInput(source, 1, "there is no row")
     return count
 
 
@@ -257,6 +266,8 @@ def _opened(sink: Sink, field_name: str) -> Iterator[IO[bytes]]:
         try:
             yield file
         except BaseException:
+            with suppress(OSError):  # a disk that is full is so still
+                file.close()
             if sink.is_file() and sink.stat().st_size == 0:
                 sink.unlink()
             raise

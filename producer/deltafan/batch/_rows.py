@@ -38,33 +38,35 @@ class Row:
     body: Mapping[str, Any] = field(repr=False)
 
 
-def read_rows(path: Path, *, model: str | None = None, max_body_bytes: int | None = None) -> Iterator[Row]:
+def read_rows(
+    path: Path, *, model: str | None = None, max_body_bytes: int | None = None, name: str | None = None
+) -> Iterator[Row]:
     """The rows of a JSON Lines file, `.gz` or not, each checked as a submit would check it.
 
     A line is OpenAI's (`custom_id`, `method`, `url`, `body`) or short: `prompt` or `messages`, with or without `model`
-    and an id of its own. A row without an id goes by its line's number.
+    and an id of its own. A row without an id goes by its line's number. `name` is what errors call the file.
 
     Raises:
         BadInput: the first line that can not be used, and why.
     """
-    number = 0
+    number, where = 0, name or str(path)
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
-                    raise BadInput(str(path), number, f"is longer than {MAX_LINE_BYTES} bytes; pass large media by URL")
+                    raise BadInput(where, number, f"is longer than {MAX_LINE_BYTES} bytes; pass large media by URL")
                 if line.strip():
-                    yield _row(line, number, str(path), model, max_body_bytes)
+                    yield _row(line, number, where, model, max_body_bytes)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BadInput(str(path), number + 1, f"can not be unpacked ({error}); is the file whole?") from None
+        raise BadInput(where, number + 1, f"can not be unpacked ({error}); is the file whole?") from None
 
 
 def _row(line: bytes, number: int, where: str, default_model: str | None, max_body_bytes: int | None) -> Row:
     try:
         data = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise BadInput(where, number, f"is not JSON ({error})") from None
+        raise BadInput(where, number, f"is not JSON ({error.msg} at character {error.pos + 1})") from None
     if not isinstance(data, dict):
         raise BadInput(where, number, "is not a JSON object")
     try:

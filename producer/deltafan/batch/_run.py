@@ -66,6 +66,8 @@ class Batch:
         self._untaken, self._taken = 0, asyncio.Event()
         self._arrived: asyncio.Queue[Row | None] = asyncio.Queue(PORTION)
         self.cancelled = False
+        self.held_up = ""
+        """Why nothing can be submitted at the moment, if it is so."""
         self.in_flight: dict[str, Row] = {}
         """Jobs that were submitted and whose outcome nobody has taken yet."""
 
@@ -164,13 +166,15 @@ class Batch:
         while left:
             try:
                 jobs = await self._producer.submit_many([self._request(row, tries[row.custom_id]) for row in left])
-            except (RedisUnavailable, QueueFull):
+            except (RedisUnavailable, QueueFull) as error:
+                self.held_up = "the lane is full" if isinstance(error, QueueFull) else "Redis can not be reached"
                 # Some may have been submitted, and may end before the next look at them: that is this run's failure.
                 is_repeat = True
                 await asyncio.sleep(_PAUSE_S)
                 continue
             except JobConflict as error:
                 raise self._other_row(error, left, tries) from None
+            self.held_up = ""
             again = [row for job, row in zip(jobs, left, strict=True) if _failed_before(job) and not is_repeat]
             for row in again:
                 tries[row.custom_id] += 1
