@@ -167,17 +167,37 @@ async def test_ctrl_c_stops_reading_and_leaves_the_job_alone(
     assert (await arun("result", job_id, env=env)).stdout == "Once upon\n"
 
 
-async def test_a_worker_waits_for_redis_and_says_so(env: dict[str, str]) -> None:
+@pytest.mark.parametrize("what", ["REDIS_URL", "STREAMS_URL"])
+async def test_a_worker_waits_for_redis_and_says_so(what: str, env: dict[str, str]) -> None:
+    nowhere = {f"DELTAFAN_{what}": "redis://:secret@127.0.0.1:1/0"}
     command = [*DELTAFAN, "worker"]
-    with subprocess.Popen(command, env={**os.environ, **env, **NOWHERE}, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env={**os.environ, **env, **nowhere}, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        line = await asyncio.to_thread(process.stderr.readline)
-        assert "waiting for it" in line
-        assert "secret" not in line
+        said = ""
+        while "waiting for it" not in said:
+            said += (line := await asyncio.to_thread(process.stderr.readline))
+            assert line, said
         process.terminate()
-        _, rest = await asyncio.to_thread(process.communicate)
+        said += (await asyncio.to_thread(process.communicate))[1]
     assert process.returncode == 0
-    assert "Traceback" not in rest
+    for word in ("secret", "ready", "Traceback"):
+        assert word not in said
+
+
+async def test_a_worker_that_waits_for_a_server_that_is_silent_stops_at_once(env: dict[str, str]) -> None:
+    connected = asyncio.Event()
+
+    async def be_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connected.set()
+        await reader.read(-1)
+        writer.close()
+
+    async with await asyncio.start_server(be_silent, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        with worker_process({**env, "DELTAFAN_REDIS_URL": f"redis://{host}:{port}"}) as process:
+            await asyncio.wait_for(connected.wait(), 20)
+            process.terminate()
+            assert await asyncio.to_thread(process.wait, 4) == 0
 
 
 async def test_check_tells_whether_a_worker_lives_without_a_look_at_every_key(

@@ -13,14 +13,17 @@ import pytest
 from redis.asyncio import Redis
 
 from deltafan import Consumer, JobCancelled, JobFailed, Producer
+from deltafan._background import background
 from deltafan.testing import ScriptedUpstream
 from deltafan.testing import chat as script
+from deltafan_config import load_settings
 from deltafan_worker import _leased
 from deltafan_worker._claim import Claim
 from deltafan_worker._interrupt import Reason
 from deltafan_worker._leased import LeasedWorker
 from deltafan_worker._queue_pool import MAX_CONNECTIONS, run_script
 from deltafan_worker._writer import StreamWriter
+from deltafan_worker.main import open_worker
 from support.proxy import TcpProxy, tcp_proxy
 from support.valkey import Valkey
 from support.waiting import wait_until
@@ -302,6 +305,48 @@ async def test_a_server_without_memory_does_not_cost_the_leases(
         finally:
             await redis.config_set("maxmemory", "0")
             gate.set()
+
+
+async def test_a_server_that_falls_silent_does_not_keep_a_worker_from_stopping(
+    valkey: Valkey, redis: Redis, upstream: ScriptedUpstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def noticed(pool: Any, script: Any, *args: Any) -> Any:
+        asked.set()
+        return await run_script(pool, script, *args)
+
+    monkeypatch.setattr(_leased, "run_script", noticed)
+    async with tcp_proxy(valkey.port) as proxy:
+        env = settings_env(proxy.url, upstream.url, tmp_path, streams_url=valkey.url)
+        async with open_worker(load_settings(env), env) as worker:
+            await worker.pool.ping()
+            proxy.pause()
+            async with background(worker.main(), "worker") as main:
+                await asked.wait()
+                worker.drain()
+                done, _ = await asyncio.wait([main], timeout=3)
+                proxy.cut()
+                proxy.resume()
+                assert done
+
+
+async def test_what_a_claim_under_way_brings_when_the_worker_is_stopped_is_run(
+    producer: Producer, consumer: Consumer, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_worker(load_settings(env), env) as worker:
+
+        async def slow(pool: Any, script: Any, *args: Any) -> Any:
+            reply = await run_script(pool, script, *args)
+            if script.name == "claim" and reply[1]:
+                worker.drain()
+                await pool.ping()
+            return reply
+
+        monkeypatch.setattr(_leased, "run_script", slow)
+        job = await producer.submit(model="sim", messages=HI)
+        await asyncio.wait_for(worker.main(), 10)
+        assert (await consumer.result(job.id, timeout=0.1)).content == "Hello, world!"
 
 
 @pytest.mark.parametrize("reason", [Reason.ABORTED, Reason.HAND_OVER])

@@ -206,6 +206,13 @@ async def is_all_sent(redis: Redis, writer: StreamWriter) -> bool:
     return len(await texts(redis, writer)) == len(writer.log)
 
 
+async def test_a_server_that_can_not_be_reached_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with tcp_proxy(1) as proxy, publishing(proxy.url):
+        await wait_until(lambda: proxy.accepted > 2, "it has been tried again and again")
+    assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
+    assert proxy.url in caplog.records[0].message
+
+
 async def test_an_end_whose_state_is_gone_is_believed(redis: Redis, redis_url: str, producer: Producer) -> None:
     async with publishing(redis_url, replicas=1, timeout_ms=10) as publisher:
         await producer.submit(model="m", messages=HI, job_id="j")

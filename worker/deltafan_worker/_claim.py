@@ -1,8 +1,9 @@
 """A worker's claim on one job of the queue."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from deltafan_worker._interrupt import Reason
 from deltafan_worker._limits import Grant, Lot
@@ -52,3 +53,28 @@ class Claim:
     """How the job's function wants to be stopped; without one its task is cancelled."""
     pending: Reason | None = None
     """Why it was to be stopped, should it not have started yet."""
+
+
+def claims_of(flat: Sequence[Any], *, second: int, limited: bool, process: str, queues: Sequence[str]) -> list[Claim]:
+    """The claims in an answer of claim.lua."""
+    return [
+        Claim(
+            job_id=job_id.decode(),
+            queue=queues[index - 1],
+            queue_index=index,
+            token=f"{process}:{number}",
+            number=number,
+            score=score.decode(),
+            grant=_grant(counted.decode(), second),
+            limited=limited,
+            pending=Reason.ABORTED if aborted else None,
+        )
+        for job_id, index, score, number, aborted, counted in zip(*(iter(flat),) * 6, strict=True)
+    ]
+
+
+def _grant(counted: str, second: int) -> Grant | None:
+    if not counted:
+        return None
+    group, tokens, number = counted.rsplit(" ", 2)
+    return Grant(group=group, second=second, tokens=int(tokens), number=number)

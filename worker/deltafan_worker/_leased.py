@@ -25,11 +25,11 @@ from redis.exceptions import RedisError, ResponseError
 from deltafan._background import background
 from deltafan._keys import Keys
 from deltafan._lua import load
-from deltafan_worker._claim import Claim, Leave
+from deltafan_worker._claim import Claim, Leave, claims_of
 from deltafan_worker._interrupt import Reason
 from deltafan_worker._lanes import Pass, Shares, Slots
 from deltafan_worker._leaving import Leaving
-from deltafan_worker._limits import FleetLimits, Grant, Lot
+from deltafan_worker._limits import FleetLimits, Lot
 from deltafan_worker._queue_pool import MAX_CONNECTIONS, run_script
 from deltafan_worker.serialization import deserialize, serialize
 
@@ -44,6 +44,8 @@ BEAT_S = 1.0
 """Leases are renewed this often, or three times in their length; also how long an abort may wait to be noticed."""
 BEAT_PORTION = 200
 """Leases per script call: half a millisecond of the server's time."""
+_LAST_CLAIM_S = 1.0
+"""A claim that is under way may bring jobs; a server that has fallen silent is not waited for."""
 HAND_OVER_S = 10.0
 """How long the hand-over of the jobs left after draining may take."""
 _RETRY_PAUSE_S = 0.2
@@ -137,15 +139,25 @@ class LeasedWorker(Worker):
         """Claim and run jobs until drained or, as a burst, until nothing is due."""
         async with background(self._keep_leases(), "deltafan-leases"):
             try:
-                while not self._draining.is_set():
-                    is_idle = await self._turn()
-                    if self.burst and is_idle:
-                        break
+                async with background(self._keep_claiming(), "deltafan-claims") as claiming:
+                    await self.until_draining(claiming)
+                    await asyncio.wait([claiming], timeout=_LAST_CLAIM_S)
             finally:
                 await self._finish_running()
 
+    async def until_draining(self, work: "asyncio.Task[Any]") -> None:
+        """Return when it has been told to stop, or when `work` is done."""
+        async with background(_wait(self._draining), "deltafan-draining") as draining:
+            await asyncio.wait([work, draining], return_when=asyncio.FIRST_COMPLETED)
+
     async def close(self) -> None:
         """Called by arq's `run` when `main` is over. The pool belongs to whoever made it."""
+
+    async def _keep_claiming(self) -> None:
+        while not self._draining.is_set():
+            is_idle = await self._turn()
+            if self.burst and is_idle:
+                break
 
     async def _turn(self) -> bool:
         """Claim what there is room for, else wait until there may be more. Returns whether there is nothing to do."""
@@ -171,22 +183,11 @@ class LeasedWorker(Worker):
         passes = [number for pass_ in self._passes for number in pass_]
         due_in_ms, flat, left, second, limited = await run_script(self.pool, _CLAIM, self._queues, (*args, *passes))
         self._due_in_s = POLL_S if due_in_ms < 0 else min(POLL_S, due_in_ms / 1000)
-        for job_id, index, score, number, aborted, counted in zip(*(iter(flat),) * 6, strict=True):
-            self._launch(
-                Claim(
-                    job_id=job_id.decode(),
-                    queue=self._queues[index - 1],
-                    queue_index=index,
-                    token=f"{self.process}:{number}",
-                    number=number,
-                    score=score.decode(),
-                    grant=_grant(counted.decode(), second),
-                    limited=bool(limited),
-                    pending=Reason.ABORTED if aborted else None,
-                )
-            )
+        claimed = claims_of(flat, second=second, limited=bool(limited), process=self.process, queues=self._queues)
+        for claim in claimed:
+            self._launch(claim)
         self._slots.note(self._running(), left)
-        return len(flat) // 6
+        return len(claimed)
 
     def _running(self) -> Counter[int]:
         return Counter(claim.queue_index for claim in self.claims.values())
@@ -381,11 +382,8 @@ class LeasedWorker(Worker):
             pass
 
 
-def _grant(counted: str, second: int) -> Grant | None:
-    if not counted:
-        return None
-    group, tokens, number = counted.rsplit(" ", 2)
-    return Grant(group=group, second=second, tokens=int(tokens), number=number)
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
 
 
 async def _set_after(event: asyncio.Event, seconds: float) -> None:

@@ -149,11 +149,14 @@ class Publisher:
         log.warning("Redis at %s: connection lost; running jobs go on and wait for it", masked_url(self._url))
 
     async def _open(self) -> RespConnection:
+        said = False
         while True:
             try:
                 return await open_connection(self._url, timeout_s=5.0, name="deltafan-publisher")
             except RedisUnavailable as error:
-                log.debug("%s", error)
+                if not said:
+                    log.warning("%s; going on trying", error)
+                said = True
                 await asyncio.sleep(_RETRY_PAUSE_S)
 
     async def _beat_until_lost(self, connection: RespConnection) -> None:

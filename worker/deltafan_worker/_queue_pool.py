@@ -20,6 +20,7 @@ MAX_CONNECTIONS = 64
 @asynccontextmanager
 async def queue_pool(url: str) -> AsyncIterator[ArqRedis]:
     """Connections for the block's time."""
+    keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
     # Our scripts are safe to repeat, but a WATCH of arq's is not: no retries inside the client.
     connections = BlockingConnectionPool.from_url(
         url,
@@ -27,8 +28,8 @@ async def queue_pool(url: str) -> AsyncIterator[ArqRedis]:
         timeout=5,
         socket_connect_timeout=5,
         socket_timeout=10,
-        socket_keepalive=True,
         client_name="deltafan-queue",
+        **keepalive,
     )
     connections.connection_class = _losing(connections.connection_class)
     pool = ArqRedis(connections, job_serializer=serialize, job_deserializer=deserialize)

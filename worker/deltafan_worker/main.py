@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -16,7 +17,10 @@ from arq.connections import ArqRedis
 from arq.worker import func
 from redis.exceptions import RedisError
 
+from deltafan._background import background
+from deltafan._errors import RedisUnavailable
 from deltafan._keys import FUNCTION, LANES, Keys
+from deltafan._resp import ConnectionLost, ServerError, is_passing, open_connection
 from deltafan._url import masked_url
 from deltafan._workers import SHOWN_S
 from deltafan_config import Catalogue, Settings
@@ -37,6 +41,7 @@ from deltafan_worker._sweeper import Sweeper, SweeperOptions
 log = logging.getLogger("deltafan.worker")
 
 _WAIT_S = 1.0
+_POLICY = re.compile(r"maxmemory_policy:([\w-]+)")
 
 
 def run_worker(settings: Settings, env: Mapping[str, str], *, burst: bool = False) -> None:
@@ -51,8 +56,10 @@ async def serve(settings: Settings, env: Mapping[str, str], *, burst: bool = Fal
     """Run one worker in this event loop until a signal has drained it."""
     async with open_worker(settings, env, burst=burst) as worker:
         with on_stop_signals(worker.drain):
-            await _wait_for_redis(worker.pool, settings, worker)
-            log.info("worker %s: ready, %d at once", worker.name, settings.concurrency)
+            async with background(_wait_for_servers(settings), "deltafan-waiting") as waiting:
+                await worker.until_draining(waiting)
+            if not worker.is_draining:
+                log.info("worker %s: ready, %d at once", worker.name, settings.concurrency)
             await worker.main()
             log.info("worker %s: stopped", worker.name)
 
@@ -139,26 +146,37 @@ async def _http_session() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-async def _wait_for_redis(pool: ArqRedis, settings: Settings, worker: LeasedWorker) -> None:
-    """Return when the queue's server answers, or the worker is told to stop."""
-    waiting = False
-    while not worker.is_draining:
-        try:
-            memory = await pool.info("memory")
-        except (RedisError, OSError) as error:
-            if not waiting:
-                log.warning("no Redis at %s (%s); waiting for it", masked_url(settings.redis_url), error)
-            waiting = True
-            await asyncio.sleep(_WAIT_S)
-            continue
-        policy = memory.get("maxmemory_policy", "noeviction")
-        if policy != "noeviction":
+async def _wait_for_servers(settings: Settings) -> None:
+    """Return when the servers of the queue and of the streams answer."""
+    for url in dict.fromkeys((settings.redis_url, settings.streams_url)):
+        name = masked_url(url)
+        policy = _POLICY.search(await _memory_of(url, name))
+        if policy is not None and policy[1] != "noeviction":
             log.warning(
                 "Redis at %s may evict keys (maxmemory-policy %s): streams and bills can be lost; set noeviction",
-                masked_url(settings.redis_url),
-                policy,
+                name,
+                policy[1],
             )
-        return
+
+
+async def _memory_of(url: str, name: str) -> str:
+    """What a server says of its memory, as soon as it says anything."""
+    waiting = False
+    while True:
+        try:
+            connection = await open_connection(url, timeout_s=5.0, name="deltafan-worker")
+            try:
+                async with asyncio.timeout(5.0):
+                    return str(await connection.call("INFO", "memory"))
+            finally:
+                connection.close()
+        except (RedisUnavailable, ConnectionLost, ServerError, TimeoutError) as error:
+            if isinstance(error, ServerError) and not is_passing(error):
+                return ""  # it answers, though not us this
+            if not waiting:
+                log.warning("no Redis at %s (%s); waiting for it", name, error)
+            waiting = True
+            await asyncio.sleep(_WAIT_S)
 
 
 async def _show_presence(pool: ArqRedis, keys: Keys, worker: LeasedWorker) -> None:
