@@ -4,14 +4,17 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
+from redis.asyncio.connection import Connection, parse_url
+from redis.exceptions import RedisError
 
 from deltafan._errors import DeltafanError
 from deltafan._request import MAX_BODY_BYTES
 from deltafan._retention import Retention
-from deltafan._url import masked_url
+from deltafan._url import UNREADABLE, masked_url
 
 PREFIX = "DELTAFAN_"
 _SCHEMES = ("redis://", "rediss://", "unix://")
@@ -27,7 +30,24 @@ class SettingsError(DeltafanError):
 def _redis_url(url: str) -> str:
     if not url.startswith(_SCHEMES):
         raise ValueError("must start with redis://, rediss:// or unix://")
+    try:
+        options: dict[str, Any] = dict(parse_url(url))
+        options.pop("max_connections", None)
+        options.pop("connection_class", Connection)(**options)  # opens nothing, but knows all options
+    except (ValueError, TypeError, RedisError) as error:
+        raise ValueError(_why_unusable(url, error)) from None
+    database = "" if url.startswith("unix:") else urlsplit(url).path.strip("/")
+    if database and not database.isdecimal():
+        raise ValueError("the number of a database is all that may follow the host")
     return url
+
+
+def _why_unusable(url: str, error: Exception) -> str:
+    if masked_url(url) == UNREADABLE:  # its own words would quote parts of the password
+        return "is no URL of a server; percent-encode what its password holds of /, ?, # and @"
+    if isinstance(error, TypeError):
+        return f"{str(error).rpartition(' ')[2]} is not an option of such a URL"
+    return str(error)
 
 
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]

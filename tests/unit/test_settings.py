@@ -206,6 +206,30 @@ def test_an_unknown_variable_that_is_near_nothing_is_refused_with_all_names() ->
     assert all(f"DELTAFAN_{name.upper()}" in complaint for name in Settings.model_fields)
 
 
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("redis://h?foo=bar", "'foo' is not an option of such a URL"),
+        ("unix:///s?foo=bar", "'foo' is not an option of such a URL"),
+        ("redis://h?socket_timeout=abc", "invalid value for 'socket_timeout'"),
+        ("rediss://h?ssl_cert_reqs=abc", "invalid SSL Certificate Requirements Flag: abc"),
+        ("redis://h/abc", "the number of a database"),
+        ("redis://h/-1", "the number of a database"),
+        ("redis://:p/w@h", "percent-encode what its password holds"),
+    ],
+)
+def test_a_url_that_no_connection_could_be_made_from_is_refused(url: str, why: str) -> None:
+    [complaint] = complaints(STREAMS_URL=url)
+    assert why in complaint
+    assert "p/w" not in complaint
+    assert complaints(REDIS_URL=url) == [complaint.replace("STREAMS_URL", "REDIS_URL")]
+
+
+@pytest.mark.parametrize("url", ["redis://h", "redis://h/", "redis://h/3?max_connections=5", "unix:///run/a.sock?db=1"])
+def test_a_url_as_redis_py_knows_it_is_taken(url: str) -> None:
+    assert load_settings({"DELTAFAN_REDIS_URL": url}).redis_url == url
+
+
 def test_lifetimes_reach_the_library_in_ms() -> None:
     settings = load_settings(
         {"DELTAFAN_STREAM_TTL_S": "1.001", "DELTAFAN_RESULT_TTL_S": "1.001", "DELTAFAN_QUEUE_TTL_S": "0.001"}
