@@ -1,10 +1,14 @@
 """The commands."""
 
 import asyncio
+import errno
 import os
 import sys
-from datetime import timedelta
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
+from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,9 +23,14 @@ from deltafan import (
     InvalidPosition,
     InvalidRequest,
     JobEnded,
+    Position,
     RedisUnavailable,
     UsageRecord,
+    check_request,
 )
+from deltafan._background import background
+from deltafan._request import check_job_id
+from deltafan._workers import living_workers
 from deltafan.batch import BadInput
 from deltafan_cli._batch_app import batch_app
 from deltafan_cli._commands import AsJson, await_, command_name, consumer_of, producer_of, read_settings
@@ -31,6 +40,9 @@ from deltafan_config import Catalogue, CatalogueError, Settings, SettingsError
 EXIT_FAILED = 1
 EXIT_MISUSED = 2
 EXIT_INTERRUPTED = 130
+
+_PATIENCE_S = 3.0
+"""After so long without an event a reader asks whether there are workers; they answer within ms."""
 
 app = typer.Typer(
     name="deltafan",
@@ -42,13 +54,28 @@ app = typer.Typer(
 
 app.add_typer(batch_app, name="batch")
 
-JobId = Annotated[str, typer.Argument(help="The job's id, as submit printed it.")]
+
+def _checked_job_id(job_id: str | None) -> str | None:
+    return None if job_id is None else check_job_id(job_id)
+
+
+def _checked_position(position: str | None) -> str | None:
+    return None if position is None else str(Position.parse(position))
+
+
+# What is wrong with a command is said before a server is asked for anything.
+JobId = Annotated[str, typer.Argument(help="The job's id, as submit printed it.", callback=_checked_job_id)]
 
 
 def run() -> None:
     """Run the command line; every error that is not a defect ends in one sentence and an exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what a terminal's encoding does not
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except (InvalidRequest, InvalidPosition, SettingsError, CatalogueError, BadInput) as error:
         _fail(str(error), EXIT_MISUSED)
     except RedisUnavailable as error:
@@ -61,9 +88,19 @@ def run() -> None:
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output has gone, `| head` for example. Nothing is left to be flushed to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output has gone, `| head` for example.
+        _drop_output()
         sys.exit(EXIT_FAILED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _drop_output()
+        _fail(f"the output can not be written ({error.strerror})")
+
+
+def _drop_output() -> None:
+    """What was not written is not tried again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int = EXIT_FAILED) -> NoReturn:
@@ -129,7 +166,8 @@ def submit(
     api: Annotated[str, typer.Option(help="chat, responses or dashscope: what the provider is asked in.")] = "chat",
     body: Annotated[str | None, typer.Option(help="More of that API's request, as a JSON object.")] = None,
     job_id: Annotated[
-        str | None, typer.Option(help="An id of your own; repeating it does not run the job again.")
+        str | None,
+        typer.Option(help="An id of your own; repeating it does not run the job again.", callback=_checked_job_id),
     ] = None,
     lane: Annotated[str, typer.Option(help="interactive or batch.")] = "interactive",
     deadline: Annotated[
@@ -145,13 +183,13 @@ def submit(
     fields |= {"lane": lane, "api": api}
     if body is not None:
         fields["body"] = _json_object(body)
-    if job_id is not None:
-        fields["job_id"] = job_id
     if deadline is not None:
         if not isfinite(deadline):
             raise InvalidRequest("deadline", "is not a number of seconds")
-        fields["deadline"] = timedelta(seconds=deadline)
-    sys.exit(await_(_submit(read_settings(), fields, follow=follow, as_json=as_json)))
+        fields["deadline"] = datetime.now(UTC) + timedelta(seconds=deadline)
+    settings = read_settings()
+    check_request(**fields, max_body_bytes=settings.max_body_bytes)
+    sys.exit(await_(_submit(settings, fields | {"job_id": job_id}, follow=follow, as_json=as_json)))
 
 
 async def _submit(settings: Settings, fields: dict[str, Any], *, follow: bool, as_json: bool) -> int:
@@ -169,7 +207,9 @@ async def _submit(settings: Settings, fields: dict[str, Any], *, follow: bool, a
 @app.command()
 def tail(
     job_id: JobId,
-    after: Annotated[str | None, typer.Option("--from", help="Go on after this position.")] = None,
+    after: Annotated[
+        str | None, typer.Option("--from", help="Go on after this position.", callback=_checked_position)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a job's events from the start, then live, until its end. In a pipe: one line for each event."""
@@ -179,18 +219,34 @@ def tail(
 async def _follow(settings: Settings, job_id: str, after: str | None, *, as_json: bool, text_only: bool) -> int:
     printer = EventPrinter(as_json=as_json, text_only=text_only)
     status = ""
-    try:
-        async with consumer_of(settings) as consumer, consumer.tail(job_id, after=after) as events:
+    async with _waiting(settings, job_id, "tail") as waiting, consumer_of(settings) as consumer:
+        async with consumer.tail(job_id, after=after) as events:
             async for event in events:
+                waiting.cancel()
                 printer.show(event)
                 status = event.type
                 if text_only and not as_json and not out.is_terminal and (why := _why_not(event)):
                     err.print(f"job {job_id} {why}", markup=False)
+    return 0 if status == "completed" else EXIT_FAILED
+
+
+@asynccontextmanager
+async def _waiting(settings: Settings, job_id: str, command: str) -> AsyncIterator["asyncio.Task[None]"]:
+    """Say what a reader can not see: that nobody is there to run the job, and that Ctrl-C has not ended it."""
+    try:
+        async with background(_say_when_nobody_works(settings), "nobody-works") as waiting:
+            yield waiting
     except asyncio.CancelledError:
-        again, end = f"{command_name()} tail {job_id}", f"{command_name()} cancel {job_id}"
+        again, end = f"{command_name()} {command} {job_id}", f"{command_name()} cancel {job_id}"
         err.print(f"\nStopped reading; job {job_id} goes on. `{again}` returns to it, `{end}` ends it.", markup=False)
         raise
-    return 0 if status == "completed" else EXIT_FAILED
+
+
+async def _say_when_nobody_works(settings: Settings) -> None:
+    await asyncio.sleep(_PATIENCE_S)
+    with suppress(RedisUnavailable):
+        if not await living_workers(settings.redis_url, prefix=settings.prefix):
+            err.print(f"No worker has shown itself; the job waits for one: `{command_name()} worker`.", markup=False)
 
 
 def _why_not(event: Event) -> str | None:
@@ -212,7 +268,7 @@ def result(
 
 
 async def _result(settings: Settings, job_id: str, timeout: float | None, audio: Path | None, *, as_json: bool) -> int:
-    async with consumer_of(settings) as consumer:
+    async with _waiting(settings, job_id, "result"), consumer_of(settings) as consumer:
         try:
             generation = await consumer.result(job_id, timeout=timeout)
         except JobEnded as error:

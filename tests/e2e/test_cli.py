@@ -15,6 +15,8 @@ from redis.asyncio import Redis
 
 from deltafan.testing import ScriptedUpstream, scripted_upstream
 from deltafan.testing import chat as script
+from deltafan_cli import _app
+from deltafan_config import Settings
 from support.waiting import wait_until
 from support.workers import child_pids, prepended, settings_env, supervisor_process, worker_process
 
@@ -94,7 +96,16 @@ async def test_a_full_queue_is_one_sentence(env: dict[str, str]) -> None:
         (("submit", "Hi"), {}, "--model"),
         (("submit", "-m", "sim", "--body", "{", "Hi"), NOWHERE, "body: is not JSON"),
         (("submit", "-m", "sim", "--body", "[1]", "Hi"), NOWHERE, "body: is not a JSON object"),
+        (("submit", "-m", "sim", "--lane", "fast", "Hi"), NOWHERE, "lane: input should be"),
+        (("submit", "-m", "sim", "--api", "soap", "Hi"), NOWHERE, "api: input should be"),
+        (("submit", "-m", "sim", "--job-id", "a/b", "Hi"), NOWHERE, "job_id: 'a/b' is not"),
+        (("submit", "-m", "m" * 257, "Hi"), NOWHERE, "model: "),
+        (("tail", "x", "--from", "xyz"), NOWHERE, "position: 'xyz' is not"),
+        (("tail", "a/b"), NOWHERE, "job_id: 'a/b' is not"),
+        (("result", "a/b"), NOWHERE, "job_id: 'a/b' is not"),
+        (("cancel", "a/b"), NOWHERE, "job_id: 'a/b' is not"),
         (("frobnicate",), {}, "No such command"),
+        (("models",), {"DELTAFAN_MODELS": "/nowhere.toml"}, "/nowhere.toml: can not be read"),
         (("worker", "--processes", "0"), {}, "processes"),
         (("usage",), {"DELTAFAN_REDIS_ULR": "x"}, "did you mean DELTAFAN_REDIS_URL"),
     ],
@@ -104,6 +115,20 @@ def test_wrong_use_ends_with_2_and_says_why(args: tuple[str, ...], env: dict[str
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("args", [("models",), ("models", "--json"), ("--version",)], ids=" ".join)
+def test_a_full_disk_is_one_sentence(args: tuple[str, ...]) -> None:
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*DELTAFAN, *args], env=env, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "the output can not be written (No space left on device)\n")
+
+
+def test_what_a_terminals_encoding_does_not_have_is_written_as_its_code() -> None:
+    done = run("models", env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "openai/\\u2026" in done.stdout
 
 
 async def test_submit_follow_prints_the_answer_alone(
@@ -118,7 +143,7 @@ async def test_submit_follow_prints_the_answer_alone(
 
 
 async def test_one_job_through_all_commands(env: dict[str, str], worker: "subprocess.Popen[bytes]") -> None:
-    job_id = (await arun("submit", "-m", "sim", "Hi", env=env)).stdout.strip()
+    job_id = (await arun("submit", "-m", "sim", "--deadline", "60", "Hi", env=env)).stdout.strip()
     assert (await arun("result", job_id, env=env)).stdout == "Hello, world!\n"
     result = json.loads((await arun("result", "--json", job_id, env=env)).stdout)
     assert (result["status"], result["content"]) == ("completed", "Hello, world!")
@@ -165,6 +190,36 @@ async def test_ctrl_c_stops_reading_and_leaves_the_job_alone(
     (state,) = await redis.keys("deltafan:{*}:state")
     job_id = state.decode().split("{")[1].split("}")[0]
     assert (await arun("result", job_id, env=env)).stdout == "Once upon\n"
+
+
+@pytest.mark.parametrize(
+    "args", [("submit", "-m", "sim", "-f", "--job-id", "j1", "Hi"), ("tail", "j1"), ("result", "j1")]
+)
+async def test_who_waits_is_told_that_no_worker_runs_and_that_ctrl_c_leaves_the_job(
+    env: dict[str, str], args: tuple[str, ...]
+) -> None:
+    assert (await arun("submit", "-m", "sim", "--job-id", "j1", "Hi", env=env)).returncode == 0
+    whole = {**os.environ, **env}
+    with subprocess.Popen([*DELTAFAN, *args], env=whole, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = await asyncio.to_thread(process.stderr.readline)
+        assert line.startswith("No worker has shown itself; the job waits for one: `")
+        process.send_signal(signal.SIGINT)
+        _, stderr = await asyncio.to_thread(process.communicate)
+    assert process.returncode == 130
+    assert "Stopped reading; job j1 goes on. `" in stderr
+    assert "Traceback" not in stderr
+
+
+async def test_who_waits_is_told_nothing_while_a_worker_lives(
+    redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_app, "_PATIENCE_S", 0)
+    await _app._say_when_nobody_works(Settings(redis_url="redis://127.0.0.1:1"))
+    await redis.zadd("deltafan:workers", {"elsewhere:1": time.time()})
+    await redis.expire("deltafan:workers", 60)
+    await _app._say_when_nobody_works(Settings(redis_url=redis_url))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("what", ["REDIS_URL", "STREAMS_URL"])

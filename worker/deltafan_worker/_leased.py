@@ -314,7 +314,8 @@ class LeasedWorker(Worker):
         """Let the running jobs end, for a while; then hand over the rest."""
         if self.tasks and self._draining.is_set() and not self._hurry.is_set():
             timeout_s = self._options.drain_timeout_s
-            log.info("draining: waiting up to %g s for %d running jobs", timeout_s, len(self.tasks))
+            hint = "a second signal hands them over at once"
+            log.info("draining: waiting up to %g s for %d running jobs; %s", timeout_s, len(self.tasks), hint)
             async with background(_set_after(self._hurry, timeout_s), "deltafan-drain"):
                 hurry = asyncio.ensure_future(self._hurry.wait())
                 while self.tasks and not hurry.done():
