@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith("DELTAFAN_") or name in ("OPENAI_API_KEY", "DASHSCOPE_API_KEY"):
+        if name.startswith("DELTAFAN_") or name in ("OPENAI_API_KEY", "DASHSCOPE_API_KEY", "DEEPSEEK_API_KEY"):
             monkeypatch.delenv(name)
 
 

@@ -308,8 +308,16 @@ def _hint(name: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"only {', '.join(sorted(known))}"
 
 
+_IN_TERMS_OF_TOML = {
+    "model_type": "must be a table",
+    "dict_type": "must be a table",
+    "tuple_type": "must be a name or a list of names",
+    "too_short": "must not be empty",
+}
+
+
 def _complaint(detail: ErrorDetails) -> str:
     # A name alone is read as a list of one; its index would be news to whoever wrote it.
     where = ".".join(_key(part) for part in detail["loc"] if not isinstance(part, int))
-    why = detail["msg"].removeprefix("Value error, ")
+    why = _IN_TERMS_OF_TOML.get(detail["type"], detail["msg"].removeprefix("Value error, "))
     return f"{where}: {why[:1].lower()}{why[1:]}" if where else why

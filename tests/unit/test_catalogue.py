@@ -141,8 +141,8 @@ def test_what_is_no_toml_is_refused(file: Path, content: bytes) -> None:
     [
         ("", "providers: field required"),
         ("provider = 1", "there is no provider here, did you mean providers?"),
-        ("[providers]\none = 1", "providers.one: input should be a valid dictionary or instance of Provider"),
-        ("providers = 1", "providers: input should be a valid dictionary"),
+        ("[providers]\none = 1", "providers.one: must be a table"),
+        ("providers = 1", "providers: must be a table"),
         ("[providers.one]", "providers.one.base_url: field required"),
         ('[providers."a/b"]\nbase_url = "http://h"', 'providers."a/b".name: string should match pattern'),
         ('[providers.one]\nbase_url = "ftp://h"', "providers.one.base_url: must be a http:// or https:// URL"),
@@ -155,7 +155,8 @@ def test_what_is_no_toml_is_refused(file: Path, content: bytes) -> None:
             "providers.one.timeouts.total_s: input should be greater",
         ),
         (PROVIDERS + "[models.m]", "models.m.provider: field required"),
-        (PROVIDERS + "[models.m]\nprovider = []", "models.m.provider: value should have at least 1 item"),
+        (PROVIDERS + "[models.m]\nprovider = []", "models.m.provider: must not be empty"),
+        (PROVIDERS + "[models.m]\nprovider = 3", "models.m.provider: must be a name or a list of names"),
         (PROVIDERS + "[models.m]\nprovider = [1]", "models.m.provider: input should be a valid string"),
         (PROVIDERS + '[models.""]\nprovider = "one"', 'models."".name: string should have at least 1 character'),
         (PROVIDERS + '[models.m]\nprovider = "one"\nname = "x"', "models: m has its name already; what a model is"),
@@ -419,3 +420,10 @@ def test_shipped_prices_are_dated_and_cached_input_is_no_dearer() -> None:
     prices = [Price(**model["price"]) for model in tomllib.loads(text)["models"].values() if "price" in model]
     assert prices
     assert all(price.cached_input is None or price.cached_input <= price.input <= price.output for price in prices)
+
+
+def test_compose_passes_on_every_key_that_the_shipped_catalogue_asks_for() -> None:
+    passed = (Path(__file__).parents[2] / "docker-compose.yml").read_text().splitlines()
+    asked = {provider.api_key_env for provider in Catalogue.load().providers.values()} - {None}
+    assert {"OPENAI_API_KEY", "DASHSCOPE_API_KEY", "DEEPSEEK_API_KEY"} <= asked
+    assert {f"      {variable}:" for variable in asked} <= set(passed)
