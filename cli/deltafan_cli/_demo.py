@@ -34,7 +34,7 @@ class _Reader:
     @property
     def digest(self) -> str:
         whole = b"".join(f"{e.position} {e.type} ".encode() + e.data for e in self.events)
-        return hashlib.sha256(whole).hexdigest()[:16]
+        return hashlib.sha256(whole).hexdigest()
 
 
 async def demonstrate(redis_url: str, *, model: str, prompt: str) -> int:
@@ -51,9 +51,7 @@ async def demonstrate(redis_url: str, *, model: str, prompt: str) -> int:
     await _read_all(redis_url, job.id, readers)
     for reader in readers:
         joined = f"{reader.name} joined {reader.joins}"
-        out.print(
-            f"{joined:36} {len(reader.events)} events, {reader.replayed} of them replayed, sha256 {reader.digest}"
-        )
+        out.print(f"{joined:32} {len(reader.events)} events, {reader.replayed} replayed, sha256 {reader.digest[:12]}")
     out.print()
     records = await _bill(redis_url, job.id)
     for record in records:

@@ -62,8 +62,8 @@ def run_dev(*, demo: bool, once: bool, prompt: str, model: str) -> int:
 
 def _serve(stack: Stack, model: str) -> None:
     for name, value in stack.unusual.items():
-        out.print(f"The usual port is taken, so other terminals need:  export {name}={value}")
-    out.print(f"Try in another terminal:  {command_name()} submit -m {model} -f 'Hello!'", markup=False)
+        out.print(f"The usual port is taken, so other terminals need:\n  export {name}={value}")
+    out.print(f"Try in another terminal:\n  {command_name()} submit -m {model} -f 'Hello!'", markup=False)
     out.print("Ctrl-C stops everything.")
     while True:
         stack.check()
@@ -104,7 +104,7 @@ def _start(model: str, stack: ExitStack) -> Stack:
         unusual["DELTAFAN_REDIS_URL"] = redis_url
     if model == MODEL:
         model_url = stack.enter_context(local_model())
-        out.print(f"local model  {model_url}  (SmolLM2 135M, on this machine's processor)")
+        out.print(f"local model  {model_url}  (SmolLM2 135M, on this processor)")
         if model_url != local_url:
             source = stack.enter_context(_replaced(source, local_url, model_url))
             unusual["DELTAFAN_MODELS"] = str(source)

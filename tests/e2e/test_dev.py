@@ -92,6 +92,19 @@ async def test_nothing_is_left_whatever_ends_it(
                 os.kill(pid, signal.SIGKILL)  # a worker that is left would take the jobs of the next test
 
 
+async def test_a_worker_without_parent_and_server_is_not_left_waiting(
+    env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    with dev(env) as process:
+        children = await running_job(process, upstream)
+        worker = worker_of(process)
+        (server,) = [pid for child in set(children) - {worker} for pid in child_pids(child)]
+        os.kill(server, signal.SIGKILL)
+        process.kill()
+        await end(process)
+    await wait_until(lambda: not is_alive(worker), "it has ended")
+
+
 async def test_ctrl_c_again_and_again_stops_no_less(env: dict[str, str], upstream: ScriptedUpstream) -> None:
     with dev(env) as process:
         children = await running_job(process, upstream)

@@ -124,6 +124,7 @@ def supervisor_process(env: dict[str, str], *, processes: int) -> Iterator["subp
         process.communicate()
 
 
-def child_pids(process: "subprocess.Popen[str]") -> list[int]:
+def child_pids(process: "subprocess.Popen[str] | int") -> list[int]:
     """The processes that a process has started."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    pid = process if isinstance(process, int) else process.pid
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
