@@ -325,12 +325,12 @@ async def test_asking_whether_the_replicas_have_the_end(point: str, scene: Scene
     await check(scene, ONCE, 1)
 
 
-@pytest.mark.parametrize("point", ["before:cancel", "after:cancel"])
-async def test_recording_an_abort_of_arqs(point: str, scene: Scene) -> None:
+@pytest.mark.parametrize(("point", "outcome"), [("before:finish", "lost"), ("after:finish", "cancelled")])
+async def test_heeding_an_abort_of_arqs(point: str, outcome: str, scene: Scene) -> None:
     async with dying(scene, point):
         await wait_until(scene.has_published, "it is in mid-answer")
         await scene.redis.zadd("arq:abort", {scene.job_id: 1})
-    await check(scene, [(1, "lost")], 1, "cancelled")
+    await check(scene, [(1, outcome)], 1, "cancelled")
 
 
 @pytest.mark.parametrize("asked", [CONTINUED], ids=["continued"])
