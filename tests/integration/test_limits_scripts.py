@@ -254,13 +254,13 @@ async def test_one_free_slot_is_given_to_the_line_and_to_the_others_in_turn(limi
 def test_batch_jobs_get_a_tenth_of_a_limit_that_interactive_ones_would_use_up(
     rpm: int | str, tpm: int | str, demand: int, limits: Limits
 ) -> None:
-    """As many interactive calls as the limit allows, or more, come evenly for ten minutes."""
+    """Twice as many interactive calls as the limit allows, or twenty times, come evenly for ten minutes."""
     for number in range(100):
         limits.enqueue(f"waits-{number}", "a")
         limits.park(f"waits-{number}", number + 2)
     interactive = batch = 0
-    for step in range(300):
-        limits.client.eval(PASS, 0, 2)
+    for step in range(600):
+        limits.client.eval(PASS, 0, 1)
         for number in range(demand):
             interactive += limits.ask(f"now-{step}-{number}", rpm=rpm, tpm=tpm)[0]
         batch += len(limits.claim(1))
@@ -281,6 +281,19 @@ def test_batch_jobs_get_a_call_now_and_then_where_interactive_ones_would_hold_al
     assert limits.claim(2) == ["waits-0"]
     limits.settle(*held[1], 100)
     assert limits.ask("now-3", concurrency=2)[0] == 1, "and then no other for a while"
+
+
+def test_batch_jobs_go_evenly(limits: Limits) -> None:
+    limits.ask("first", rpm=600)
+    for number in range(100):
+        limits.enqueue(f"waits-{number}", "a")
+        limits.park(f"waits-{number}", number + 2)
+    limits.client.eval(PASS, 0, 70)
+    taken = []
+    for _ in range(10):
+        taken.append(len(limits.claim(100)))
+        limits.client.eval(PASS, 0, 1)
+    assert taken == [15, 15, 15, 5, 0] * 2
 
 
 def test_a_large_job_that_others_keep_from_running_lets_the_small_ones_pass(limits: Limits) -> None:

@@ -6,7 +6,8 @@
 -- learned).  Any minute lies within 61 such cells, so what stays below a limit in those stays below it in every minute.
 local LIMITS, RESERVE, DUE_SHARE = ARGV[1], string.match(ARGV[2], '^(%S+) (%S+)$')
 local FLAG, KNOWN = string.sub(LIMITS, 1, -2), string.sub(LIMITS, 1, -2) .. 's'
-local CELLS, PACE_S, KEEP_MS, PROBE_MS = 61, 5, 3600000, 10000
+local CELLS, PACE_S, BURST_S, KEEP_MS, PROBE_MS = 61, 5, 1.5, 3600000, 10000
+local HUNGRY_MS = 5000 -- so long room is left to batch jobs that found none
 local DUE_PLACE_MS = 10000 -- between calls that are due to batch jobs where calls at once are limited
 local FIRST_PLACE, FIRST_TIME = 2, 1000000000000 -- scores of jobs in a fair queue are places, smaller than any time
 local LONGEST_OUTPUT = 8192 -- as much as most models give who are not told to give less
@@ -26,7 +27,7 @@ local scopes = {}
 
 local function scope(name)
   if scopes[name] then return scopes[name] end
-  local s = { key = LIMITS .. name, r = 0, t = 0, paced_r = 0, paced_t = 0 }
+  local s = { key = LIMITS .. name, r = 0, t = 0, paced_r = 0, paced_t = 0, now_r = 0, now_t = 0 }
   local flat, stale = redis.call('HGETALL', s.key), {}
   for i = 1, #flat, 2 do
     local kind, cell = string.match(flat[i], '^([rt])(%d+)$')
@@ -37,6 +38,7 @@ local function scope(name)
     else
       s[kind] = s[kind] + flat[i + 1]
       if tonumber(cell) > SECOND - PACE_S then s['paced_' .. kind] = s['paced_' .. kind] + flat[i + 1] end
+      if tonumber(cell) == SECOND then s['now_' .. kind] = tonumber(flat[i + 1]) end
     end
   end
   if #stale > 0 then redis.call('HDEL', s.key, unpack(stale)) end
@@ -90,7 +92,7 @@ local function next_due(s, tokens)
 end
 
 local function is_left(s)
-  return is_due(s) and (s.hungry or 0) > NOW - 2000
+  return is_due(s) and (s.hungry or 0) > NOW - HUNGRY_MS
 end
 
 -- What is larger than a whole limit goes when nothing else does.
@@ -98,8 +100,9 @@ local function is_full(used, more, limit, left)
   return used + left > 0 and used + more + left > limit
 end
 
-local function is_ahead(paced, limit)
-  return paced >= limit * PACE_S / 60
+-- Batch jobs go evenly: what is used in bursts is used anew in bursts a minute later, and less of it.
+local function is_ahead(paced, now, limit)
+  return paced >= limit * PACE_S / 60 or now >= limit * BURST_S / 60
 end
 
 -- Who runs is whoever holds a lease: what a dead worker held is found when the limit is reached.
@@ -123,7 +126,7 @@ local function has_room(s, tokens, urgent)
   if tokens > (s.tpm or math.huge) * share then share = 1 end -- what is larger than the share may have all
   if s.rpm and is_full(s.r, 1, s.rpm * share, left and 1 or 0) then return false end
   if s.tpm and is_full(s.t, tokens, s.tpm * share, left and s.wants or 0) then return false end
-  if not urgent and not due and (s.rpm and is_ahead(s.paced_r, s.rpm) or s.tpm and is_ahead(s.paced_t, s.tpm)) then return false end
+  if not urgent and not due and (s.rpm and is_ahead(s.paced_r, s.now_r, s.rpm) or s.tpm and is_ahead(s.paced_t, s.now_t, s.tpm)) then return false end
   return not s.concurrency or has_slot(s, math.max(left and 0 or 1, math.floor(s.concurrency * share) - (left and 1 or 0)))
 end
 
@@ -156,16 +159,16 @@ local function charge(group, tokens, urgent, id)
   local grant = digits(redis.call('HINCRBY', LIMITS .. group, 'grants', 1))
   for _, name in ipairs(scopes_of(group)) do
     local s = scope(name)
-    s.r, s.paced_r, s.t, s.paced_t = s.r + 1, s.paced_r + 1, s.t + tokens, s.paced_t + tokens
+    s.r, s.paced_r, s.now_r = s.r + 1, s.paced_r + 1, s.now_r + 1
+    s.t, s.paced_t, s.now_t = s.t + tokens, s.paced_t + tokens, s.now_t + tokens
     redis.call('HINCRBY', s.key, 'r' .. digits(SECOND), 1)
     redis.call('HINCRBY', s.key, 't' .. digits(SECOND), digits(tokens))
     if urgent then
       s.urgent = NOW
       redis.call('HSET', s.key, 'urgent', digits(NOW))
     elseif is_due(s) then
-      s.due, s.hungry = next_due(s, tokens), nil
+      s.due = next_due(s, tokens)
       redis.call('HSET', s.key, 'due', digits(s.due))
-      redis.call('HDEL', s.key, 'hungry')
     end
     if s.concurrency then
       s.held = (s.held or redis.call('SCARD', s.key .. ':running')) + redis.call('SADD', s.key .. ':running', id .. ' ' .. grant)
