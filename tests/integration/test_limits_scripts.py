@@ -289,6 +289,8 @@ def test_batch_jobs_go_evenly(limits: Limits) -> None:
         limits.enqueue(f"waits-{number}", "a")
         limits.park(f"waits-{number}", number + 2)
     limits.client.eval(PASS, 0, 70)
+    while limits.client.time()[1] > 200_000:
+        pass  # no second is to end meanwhile but those that are made to
     taken = []
     for _ in range(10):
         taken.append(len(limits.claim(100)))
