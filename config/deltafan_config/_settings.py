@@ -88,8 +88,7 @@ class Settings(BaseModel):
     batch work there is; and part of a provider's limits that they leave while there are interactive jobs."""
     batch_share: Annotated[float, Field(ge=0, le=0.9)] = 0.1
     """Part of each worker's slots that batch jobs get even while interactive jobs wait, once they have waited for
-    batch_patience_s, and part of a provider's limits that is due to them; 0: none, so interactive jobs alone can keep
-    batch jobs waiting for ever."""
+    batch_patience_s; 0: none, so interactive jobs alone can keep batch jobs waiting for ever."""
     batch_patience_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
     """How long batch jobs wait at a worker that is full of interactive ones."""
     quota_pause_s: Annotated[float, Field(ge=1, le=86_400)] = 60.0

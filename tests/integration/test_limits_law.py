@@ -12,7 +12,7 @@ from support.limits import PASS
 from support.valkey import Valkey
 
 PREFIX, GROUP = "deltafan:limit:", "p/m"
-SHARES = "0.1 0.1"
+RESERVE = 0.1
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Sut:
     def ask(self, tokens: int, *, urgent: bool) -> tuple[int, int]:
         script = load("ask", "deltafan_worker", using=("limits",))
         numbers = (self.rpm, self.tpm, "", "", "", "")
-        args = (PREFIX, SHARES, GROUP, 0, tokens, int(urgent), "j", "", *numbers)
+        args = (PREFIX, RESERVE, GROUP, 0, tokens, int(urgent), "j", "", *numbers)
         allowed, second, counted, _ = self.client.eval(script.source, 0, *args)
         assert counted == tokens
         return allowed, second

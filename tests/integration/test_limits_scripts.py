@@ -13,7 +13,7 @@ from support.waiting import wait_until
 
 PREFIX, GROUP, QUEUE = "deltafan:limit:", "p/m", "deltafan:queue:batch"
 LOT = f"{QUEUE}:lot:{GROUP}"
-COMMON = (PREFIX, "0.1 0.1")
+COMMON = (PREFIX, 0.1)
 
 
 class Limits:
@@ -247,55 +247,6 @@ async def test_one_free_slot_is_given_to_the_line_and_to_the_others_in_turn(limi
 
     await wait_until(both, "both kinds are taken")
     assert limits.client.zcard(LOT) > 100
-
-
-@pytest.mark.parametrize("demand", [1, 10])
-@pytest.mark.parametrize(("rpm", "tpm"), [(30, ""), ("", 3000)])
-def test_batch_jobs_get_a_tenth_of_a_limit_that_interactive_ones_would_use_up(
-    rpm: int | str, tpm: int | str, demand: int, limits: Limits
-) -> None:
-    """Twice as many interactive calls as the limit allows, or twenty times, come evenly for ten minutes."""
-    for number in range(100):
-        limits.enqueue(f"waits-{number}", "a")
-        limits.park(f"waits-{number}", number + 2)
-    interactive = batch = 0
-    for step in range(600):
-        limits.client.eval(PASS, 0, 1)
-        for number in range(demand):
-            interactive += limits.ask(f"now-{step}-{number}", rpm=rpm, tpm=tpm)[0]
-        batch += len(limits.claim(1))
-    assert 24 <= batch <= 50
-    assert 0.95 * 300 <= interactive + batch <= 1.02 * 300
-
-
-def test_batch_jobs_get_a_call_now_and_then_where_interactive_ones_would_hold_all_places(limits: Limits) -> None:
-    held = [("now-0", limits.ask("now-0", concurrency=2)), ("now-1", limits.ask("now-1", concurrency=2))]
-    for number in range(2):
-        limits.enqueue(f"waits-{number}", "a")
-        limits.park(f"waits-{number}", number + 2)
-    for job, _ in held:
-        limits.client.set(f"arq:in-progress:{job}", "token", px=5000)
-    assert limits.claim(2) == []
-    limits.settle(*held[0], 100)
-    assert limits.ask("now-2", concurrency=2)[0] == 0, "one is due to those who wait"
-    assert limits.claim(2) == ["waits-0"]
-    limits.settle(*held[1], 100)
-    assert limits.ask("now-3", concurrency=2)[0] == 1, "and then no other for a while"
-
-
-def test_batch_jobs_go_evenly(limits: Limits) -> None:
-    limits.ask("first", rpm=600)
-    for number in range(100):
-        limits.enqueue(f"waits-{number}", "a")
-        limits.park(f"waits-{number}", number + 2)
-    limits.client.eval(PASS, 0, 70)
-    while limits.client.time()[1] > 200_000:
-        pass  # no second is to end meanwhile but those that are made to
-    taken = []
-    for _ in range(10):
-        taken.append(len(limits.claim(100)))
-        limits.client.eval(PASS, 0, 1)
-    assert taken == [15, 15, 15, 5, 0] * 2
 
 
 def test_a_large_job_that_others_keep_from_running_lets_the_small_ones_pass(limits: Limits) -> None:

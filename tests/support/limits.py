@@ -3,7 +3,6 @@
 from redis.asyncio import Redis
 
 PASS = """
-local times = { closed = true, urgent = true, learned_ms = true, due = true, hungry = true }
 for _, name in ipairs(redis.call('SMEMBERS', 'deltafan:limits')) do
   local key = 'deltafan:limit:' .. name
   local flat = redis.call('HGETALL', key)
@@ -11,7 +10,7 @@ for _, name in ipairs(redis.call('SMEMBERS', 'deltafan:limits')) do
     local kind, cell = string.match(flat[i], '^([rt])(%d+)$')
     if kind then
       redis.call('HDEL', key, flat[i])
-    elseif times[flat[i]] then
+    elseif flat[i] == 'closed' or flat[i] == 'urgent' or flat[i] == 'learned_ms' then
       redis.call('HINCRBY', key, flat[i], -1000 * ARGV[1])
     end
   end

@@ -116,7 +116,7 @@ class LeasedWorker(Worker):
         self._leaving = Leaving(pool, keys, options.ledger_max_records, options.billed_ttl_ms)
         self._queues = tuple(options.queues)
         self._lease_ms = int(options.lease_s * 1000)
-        self.limits = limits or FleetLimits(pool, keys, self._queues, options.shares)
+        self.limits = limits or FleetLimits(pool, keys, self._queues, reserve=options.shares.interactive)
         self._slots = Slots(len(self._queues), options.concurrency, options.shares)
         self._passes: list[Pass] = []
         self._lease_lock = asyncio.Lock()

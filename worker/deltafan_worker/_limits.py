@@ -20,7 +20,6 @@ from redis.exceptions import RedisError
 
 from deltafan._keys import Keys
 from deltafan._lua import Script, load
-from deltafan_worker._lanes import Shares
 from deltafan_worker._queue_pool import run_script
 from deltafan_worker._route import Limits, Route
 
@@ -94,11 +93,11 @@ def group_of(route: Route) -> str:
 class FleetLimits:
     """Asks for calls, and tells what became of them."""
 
-    def __init__(self, pool: ArqRedis, keys: Keys, queues: Sequence[str], shares: Shares) -> None:
+    def __init__(self, pool: ArqRedis, keys: Keys, queues: Sequence[str], *, reserve: float) -> None:
         self._pool = pool
         self._queues = tuple(queues)
         self._process, self._told = uuid4().hex[:12], 0
-        self.common = (keys.limits, f"{shares.interactive} {shares.batch}")
+        self.common = (keys.limits, reserve)
         self._news: asyncio.Queue[tuple[Script, tuple[str, ...], tuple[Any, ...]]] = asyncio.Queue()
 
     async def ask(self, route: Route, size: Size, job_id: str, *, urgent: bool, line: str = "") -> Grant | Lot:

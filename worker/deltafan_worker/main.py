@@ -79,7 +79,7 @@ async def open_worker(
         replicas_timeout_ms=settings.replicas_timeout_ms,
     )
     async with queue_pool(settings.redis_url) as pool, _http_session() as session:
-        limits = FleetLimits(pool, keys, options.queues, options.shares)
+        limits = FleetLimits(pool, keys, options.queues, reserve=settings.interactive_share)
         runner = JobRunner(
             publisher=publisher,
             limits=limits,

@@ -69,7 +69,6 @@ local function from_lot(index, most, group)
     local tokens = estimate_of(lot, group, id)
     if not may_call(group, tokens, urgent) then
       if may_call(group, 0, urgent) then step_back(lot, id) end
-      if not urgent then ask_for_room(group, tokens) end
       return
     end
     redis.call('ZREM', lot, id)

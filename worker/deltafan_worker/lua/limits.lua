@@ -1,14 +1,12 @@
 -- The limits of providers and their models, for the whole fleet.  Used by scripts of the queue's server whose
--- ARGV[1] is the start of the limits' keys and ARGV[2] the shares of a limit: the one that batch jobs leave free while
--- there are interactive ones, and the one that is due to them even then.
+-- ARGV[1] is the start of the limits' keys and ARGV[2] the share of a limit that batch jobs leave free while there are
+-- interactive ones.
 -- A scope is `provider` or `provider/model`.  Its hash holds what is allowed (rpm, tpm, concurrency), what was taken
 -- in each of the last seconds (r<second> requests, t<second> tokens) and what the provider has said (closed, quota,
 -- learned).  Any minute lies within 61 such cells, so what stays below a limit in those stays below it in every minute.
-local LIMITS, RESERVE, DUE_SHARE = ARGV[1], string.match(ARGV[2], '^(%S+) (%S+)$')
+local LIMITS, RESERVE = ARGV[1], tonumber(ARGV[2])
 local FLAG, KNOWN = string.sub(LIMITS, 1, -2), string.sub(LIMITS, 1, -2) .. 's'
-local CELLS, PACE_S, BURST_S, KEEP_MS, PROBE_MS = 61, 5, 1.5, 3600000, 10000
-local HUNGRY_MS = 5000 -- so long room is left to batch jobs that found none
-local DUE_PLACE_MS = 10000 -- between calls that are due to batch jobs where calls at once are limited
+local CELLS, PACE_S, KEEP_MS, PROBE_MS = 61, 5, 3600000, 10000
 local FIRST_PLACE, FIRST_TIME = 2, 1000000000000 -- scores of jobs in a fair queue are places, smaller than any time
 local LONGEST_OUTPUT = 8192 -- as much as most models give who are not told to give less
 
@@ -27,7 +25,7 @@ local scopes = {}
 
 local function scope(name)
   if scopes[name] then return scopes[name] end
-  local s = { key = LIMITS .. name, r = 0, t = 0, paced_r = 0, paced_t = 0, now_r = 0, now_t = 0 }
+  local s = { key = LIMITS .. name, r = 0, t = 0, paced_r = 0, paced_t = 0 }
   local flat, stale = redis.call('HGETALL', s.key), {}
   for i = 1, #flat, 2 do
     local kind, cell = string.match(flat[i], '^([rt])(%d+)$')
@@ -38,7 +36,6 @@ local function scope(name)
     else
       s[kind] = s[kind] + flat[i + 1]
       if tonumber(cell) > SECOND - PACE_S then s['paced_' .. kind] = s['paced_' .. kind] + flat[i + 1] end
-      if tonumber(cell) == SECOND then s['now_' .. kind] = tonumber(flat[i + 1]) end
     end
   end
   if #stale > 0 then redis.call('HDEL', s.key, unpack(stale)) end
@@ -74,40 +71,16 @@ local function is_too_fast(s, urgent)
   return most and s.paced_r >= most * PACE_S / 60
 end
 
--- Interactive calls came lately, so batch jobs leave them their share.
-local function is_crowded(s)
-  return (s.urgent or 0) >= NOW - 60000
-end
-
--- Where interactive calls alone would use a limit up, a call of batch jobs is due whenever those before are less than
--- their share of it; then it may have what is left, and as long as it finds nothing, interactive ones leave it that.
-local function is_due(s)
-  return is_crowded(s) and tonumber(DUE_SHARE) > 0 and NOW >= (s.due or 0)
-end
-
-local function next_due(s, tokens)
-  local minutes = math.max(s.rpm and 1 / s.rpm or 0, s.tpm and tokens / s.tpm or 0) / DUE_SHARE
-  local due = math.max(s.due or 0, NOW - 60000) + 60000 * minutes -- what a minute owes them is not forgotten
-  return s.concurrency and math.max(due, NOW + DUE_PLACE_MS) or due
-end
-
-local function is_left(s)
-  return is_due(s) and (s.hungry or 0) > NOW - HUNGRY_MS
-end
-
 -- What is larger than a whole limit goes when nothing else does.
-local function is_full(used, more, limit, left)
-  return used + left > 0 and used + more + left > limit
-end
-
--- Batch jobs go evenly: what is used in bursts is used anew in bursts a minute later, and less of it.
-local function is_ahead(paced, now, limit)
-  return paced >= limit * PACE_S / 60 or now >= limit * BURST_S / 60
+local function is_full(used, more, limit, paced, urgent, share)
+  if not limit then return false end
+  if used > 0 and used + more > limit * share then return true end
+  return not urgent and paced >= limit * PACE_S / 60
 end
 
 -- Who runs is whoever holds a lease: what a dead worker held is found when the limit is reached.
-local function has_slot(s, most)
-  local running = s.key .. ':running'
+local function has_slot(s, share)
+  local running, most = s.key .. ':running', math.max(1, math.floor(s.concurrency * share))
   s.held = s.held or redis.call('SCARD', running)
   if s.held < most or (s.pruned or 0) > NOW - 1000 then return s.held < most end
   for _, held in ipairs(redis.call('SMEMBERS', running)) do
@@ -119,32 +92,15 @@ local function has_slot(s, most)
   return s.held < most
 end
 
--- Whether the limits have room for it, be it a provider's wish that it wait or not.
-local function has_room(s, tokens, urgent)
-  local due, left = not urgent and is_due(s), urgent and is_left(s)
-  local share = (urgent or due or not is_crowded(s)) and 1 or 1 - RESERVE
-  if tokens > (s.tpm or math.huge) * share then share = 1 end -- what is larger than the share may have all
-  if s.rpm and is_full(s.r, 1, s.rpm * share, left and 1 or 0) then return false end
-  if s.tpm and is_full(s.t, tokens, s.tpm * share, left and s.wants or 0) then return false end
-  if not urgent and not due and (s.rpm and is_ahead(s.paced_r, s.now_r, s.rpm) or s.tpm and is_ahead(s.paced_t, s.now_t, s.tpm)) then return false end
-  return not s.concurrency or has_slot(s, math.max(left and 0 or 1, math.floor(s.concurrency * share) - (left and 1 or 0)))
-end
-
 local function fits(name, tokens, urgent)
   local s = scope(name)
-  if not urgent and (s.closed or 0) > NOW or is_too_fast(s, urgent) then return false end
-  return has_room(s, tokens, urgent)
-end
-
--- A call of batch jobs that is due has found no room: the next to become free is left to it.
-local function ask_for_room(group, tokens)
-  for _, name in ipairs(scopes_of(group)) do
-    local s = scope(name)
-    if is_due(s) and (s.closed or 0) <= NOW and not is_too_fast(s, false) and not has_room(s, tokens, false) then
-      s.hungry, s.wants = NOW, tokens
-      redis.call('HSET', s.key, 'hungry', digits(NOW), 'wants', digits(tokens))
-    end
-  end
+  if not urgent and (s.closed or 0) > NOW then return false end
+  local share = (urgent or (s.urgent or 0) < NOW - 60000) and 1 or 1 - RESERVE
+  if tokens > (s.tpm or math.huge) * share then share = 1 end -- what is larger than the share may have all
+  if is_too_fast(s, urgent) then return false end
+  if is_full(s.r, 1, s.rpm, s.paced_r, urgent, share) then return false end
+  if is_full(s.t, tokens, s.tpm, s.paced_t, urgent, share) then return false end
+  return not s.concurrency or has_slot(s, share)
 end
 
 local function may_call(group, tokens, urgent)
@@ -159,16 +115,12 @@ local function charge(group, tokens, urgent, id)
   local grant = digits(redis.call('HINCRBY', LIMITS .. group, 'grants', 1))
   for _, name in ipairs(scopes_of(group)) do
     local s = scope(name)
-    s.r, s.paced_r, s.now_r = s.r + 1, s.paced_r + 1, s.now_r + 1
-    s.t, s.paced_t, s.now_t = s.t + tokens, s.paced_t + tokens, s.now_t + tokens
+    s.r, s.paced_r, s.t, s.paced_t = s.r + 1, s.paced_r + 1, s.t + tokens, s.paced_t + tokens
     redis.call('HINCRBY', s.key, 'r' .. digits(SECOND), 1)
     redis.call('HINCRBY', s.key, 't' .. digits(SECOND), digits(tokens))
     if urgent then
       s.urgent = NOW
       redis.call('HSET', s.key, 'urgent', digits(NOW))
-    elseif is_due(s) then
-      s.due = next_due(s, tokens)
-      redis.call('HSET', s.key, 'due', digits(s.due))
     end
     if s.concurrency then
       s.held = (s.held or redis.call('SCARD', s.key .. ':running')) + redis.call('SADD', s.key .. ':running', id .. ' ' .. grant)
