@@ -13,6 +13,7 @@ from deltafan._errors import (
     JobFailed,
     JobNotFound,
     ProtocolError,
+    RedisUnavailable,
     ResultTimeout,
     StreamExpired,
 )
@@ -181,7 +182,7 @@ class Consumer:
     async def _with_output(self, job_id: str, generation: Generation) -> Generation:
         """A job that ended in nobody's attempt (seq 0) has a result without what its stream may still hold of it."""
         if generation.position is not None and generation.position.seq == 0:
-            with suppress(JobError, ProtocolError):
+            with suppress(JobError, ProtocolError, RedisUnavailable):
                 found = await self.snapshot(job_id)
                 return found if found.is_ended else generation
         return generation

@@ -27,6 +27,8 @@ Handler: TypeAlias = Callable[[Reply], None]
 Argument: TypeAlias = str | bytes | int | float
 
 _INCOMPLETE = object()
+_SLOW_BYTES_PER_S = 1_000_000
+"""So fast a link is that may carry large commands; 8 MiB must pass within a client's patience anyway."""
 
 
 class ServerError(Exception):
@@ -69,8 +71,8 @@ def raise_error(reply: Reply) -> Reply:
 class RespConnection(asyncio.Protocol):
     """An open connection. Made by `open_connection`; whoever opens it closes it.
 
-    With `silence_s` it is closed when replies are owed and nothing has moved for so long, twice at most: a firewall
-    may have forgotten the connection, and nobody would ever say so.
+    With `silence_s` it is closed when replies are owed and nothing has arrived for so long, and for as long again as
+    what was sent may take on a slow link: a firewall may have forgotten the connection, and nobody would ever say so.
     """
 
     def __init__(self, opened: AbstractConnection, silence_s: float | None = None) -> None:
@@ -103,7 +105,7 @@ class RespConnection(asyncio.Protocol):
         else:
             self._transport.write(data)
             if self._watch is None and self._silence_s is not None:
-                self._look_later(self._silence_s)
+                self._look_later(self._silence_s, self.sent_bytes - len(data))
 
     def call(self, *args: Argument) -> asyncio.Future[Reply]:
         """Send one command; the future has its reply, or raises ServerError or ConnectionLost."""
@@ -170,17 +172,19 @@ class RespConnection(asyncio.Protocol):
         """Called by the event loop."""
         self._end()
 
-    def _look_later(self, silence_s: float) -> None:
-        now = self.received_bytes, self._transport.get_write_buffer_size()
-        self._watch = asyncio.get_running_loop().call_later(silence_s, self._look, silence_s, *now)
+    def _look_later(self, wait_s: float, sent_before: int) -> None:
+        now = self.received_bytes, self.sent_bytes
+        self._watch = asyncio.get_running_loop().call_later(wait_s, self._look, sent_before, *now)
 
-    def _look(self, silence_s: float, received: int, unsent: int) -> None:
+    def _look(self, sent_before: int, received: int, sent: int) -> None:
         self._watch = None
-        if not self._handlers:
+        if not self._handlers or self._silence_s is None:
             return
-        # A large command goes out slowly, and is answered only then.
-        if self.received_bytes > received or self._transport.get_write_buffer_size() < unsent:
-            self._look_later(silence_s)
+        # A large command goes out slowly, from buffers of TLS and the kernel that nobody sees getting empty.
+        if self.received_bytes > received:
+            self._look_later(self._silence_s, sent)
+        elif self.sent_bytes > sent_before:
+            self._look_later((self.sent_bytes - sent_before) / _SLOW_BYTES_PER_S, self.sent_bytes)
         else:
             self.close()
 

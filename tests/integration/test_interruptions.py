@@ -12,6 +12,8 @@ from deltafan import Consumer, JobCancelled, Producer, UsageRecord
 from deltafan.testing import ScriptedUpstream
 from deltafan.testing import chat as script
 from deltafan_worker import _run
+from deltafan_worker._calls import ModelCalls
+from deltafan_worker._ending import Ending
 from deltafan_worker._interrupt import Reason
 from deltafan_worker._leased import LeasedWorker
 from deltafan_worker._writer import StreamWriter
@@ -157,3 +159,32 @@ async def test_a_cancel_is_heard_while_what_was_left_upstream_is_ended(
     with pytest.raises(JobCancelled):
         await consumer.result(job.id, timeout=10)
     assert not upstream.requests
+
+
+@pytest.mark.parametrize(("reason", "outcome"), [(Reason.HAND_OVER, "handed_over"), (Reason.LEASE_LOST, "interrupted")])
+async def test_an_answer_that_breaks_as_its_job_is_given_away_does_not_end_the_job(
+    reason: Reason,
+    outcome: str,
+    producer: Producer,
+    consumer: Consumer,
+    redis: Redis,
+    worker: LeasedWorker,
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer, calls = ModelCalls.answer, 0
+
+    async def broken_once(self: ModelCalls, routes: Any, body: Any, writer: StreamWriter, *rest: Any) -> Ending:
+        nonlocal calls
+        calls += 1
+        ending = await answer(self, routes, body, writer, *rest)
+        if calls > 1:
+            return ending
+        writer.interrupt.cut(reason)
+        return Ending.failed("connection_lost", "it broke", retryable=True)
+
+    monkeypatch.setattr(ModelCalls, "answer", broken_once)
+    job = await producer.submit(model="sim", messages=HI)
+    assert (await consumer.result(job.id, timeout=15)).content == "Hello, world!"
+    await wait_until(lambda: not worker.tasks, "the queue is told")
+    assert sorted(await bills(redis)) == [("completed", "provider"), (outcome, "provider")]

@@ -266,14 +266,16 @@ class JobRunner:
         except Exception:  # the model may have been called: another run would call it again, and break as this one did
             log.exception("job %s: ends here, since its answer can not be read", job.id)
             ending = _DEFECT
-        return ending or _ending_of(writer.interrupt)
+        # An answer may break at the very moment at which its job is given away, or ended.
+        if ending is None or (_is_broken(ending) and writer.interrupt.reason is not None):
+            return _ending_of(writer.interrupt)
+        return ending
 
     def _may_run_again(self, job: _Job, writer: StreamWriter, ending: Ending, plan: Plan) -> bool:
         """Whether an answer that broke after its first delta is generated again, or gone on with."""
-        broken = ending.status == FAILED and ending.failure is not None and ending.failure.retryable
         allowed = job.request is not None and job.request.on_interrupt != "fail" and writer.interrupt.reason is None
         has_begun = len(writer.log) > 0 or plan.response is not None
-        return broken and allowed and has_begun and writer.attempt_no < self._max_attempts
+        return _is_broken(ending) and allowed and has_begun and writer.attempt_no < self._max_attempts
 
     async def _let_go(self, writer: StreamWriter, meter: CallMeter | None, claim: Claim) -> None:
         """Leave a running job to the next worker, with its bill so far."""
@@ -281,6 +283,7 @@ class JobRunner:
         if writer.interrupt.reason is Reason.HAND_OVER:
             called = meter is not None and (_was_made(meter) or meter.response is not None)
             if await writer.hand_over(_note(meter, writer, "handed_over") if called else b""):
+                claim.notes = writer.with_noted(())
                 return
         claim.notes = _notes_of(meter, writer)
 
@@ -290,7 +293,7 @@ class JobRunner:
             return
         delay_ms = 0 if writer.interrupt.reason is Reason.HAND_OVER else RELEASE_DELAY_MS
         claim.leave, claim.status, claim.release_delay_ms = Leave.RELEASE, "running", delay_ms
-        claim.notes = _notes_of(meter, writer) or claim.notes
+        claim.notes = tuple((dict(claim.notes) | dict(_notes_of(meter, writer))).items())
 
     def _meter(self, job: _Job, plan: Plan) -> CallMeter | None:
         if job.request is None or job.refusal is not None:
@@ -366,6 +369,11 @@ def _notes_of(meter: CallMeter | None, writer: StreamWriter) -> tuple[tuple[str,
     if meter is None or not _was_made(meter) or meter.response is not None:
         return writer.with_noted(())
     return writer.with_noted([(meter.call_id, _note(meter, writer, "interrupted"))])
+
+
+def _is_broken(ending: Ending) -> bool:
+    """Whether there was an answer that another call, here or elsewhere, may give whole."""
+    return ending.failure is not None and ending.failure.retryable
 
 
 def _ending_of(interrupt: Interrupt) -> Ending | None:

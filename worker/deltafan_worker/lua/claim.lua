@@ -19,6 +19,7 @@ local function lock(index, id, score, group)
     redis.call('ZADD', KEYS[index], 'XX', digits(again), id)
   elseif redis.call('EXISTS', 'arq:job:' .. id) == 0 and redis.call('EXISTS', 'arq:result:' .. id) == 1 then
     redis.call('ZREM', KEYS[index], id) -- finished, then put back by a late Job.abort()
+    redis.call('ZREM', 'arq:abort', id)
   elseif ARGV[6] == '1' and group == '' and redis.call('EXISTS', 'arq:retry:' .. id) == 1 then
     redis.call('ZADD', KEYS[index], 'XX', digits(NOW + lease_ms / 2), id)
   else
