@@ -24,9 +24,9 @@ async def run(bench: Bench, report: Report) -> None:
             f"limits = {{ tokens_per_minute = {PER_MINUTE * TOKENS_PER_CALL} }}\n"
         )
         async with Producer.connect(bench.redis_url) as producer:
-            for provider in ("r", "t"):
-                row = {"model": f"{provider}/bench-5-20-1", "messages": HI, "lane": "batch"}
-                await producer.submit_many([row] * (PER_MINUTE * (MINUTES + 1)))
+            # In turns: else workers would go through all rows of one limit, and park them, before they see the other's.
+            rows = [{"model": f"{provider}/bench-5-20-1", "messages": HI, "lane": "batch"} for provider in ("r", "t")]
+            await producer.submit_many(rows * (PER_MINUTE * (MINUTES + 1)))
             for _ in range(WORKERS):
                 stack.enter_context(worker(bench, concurrency=50, models=models))
             await asyncio.sleep(5)
