@@ -1,6 +1,7 @@
 """Responses decoding. The numbered tests are the oddities of real servers that break naive parsers."""
 
 import json
+import re
 from typing import Any
 
 import orjson
@@ -69,6 +70,21 @@ def test_reasoning_text_and_summaries() -> None:
     item = {"type": "reasoning", "id": "rs", "summary": [{"type": "summary_text", "text": "First."}]}
     summary = decode(*parts, event("response.output_item.done", output_index=0, item=item), text("a"), completed(item))
     assert summary.generation.reasoning == "First.\n\nSecond."
+
+
+def test_parts_of_which_only_the_end_is_sent() -> None:
+    place = {"output_index": 0, "item_id": "rs"}
+    pieces = [
+        event("response.reasoning_summary_text.done", text=words, summary_index=n, **place)
+        for n, words in enumerate(["First.", "Second.", "First."])
+    ]
+    item = {"type": "reasoning", "id": "rs", "summary": [{"text": words} for words in ("First.", "Second.", "First.")]}
+    for end in ([event("response.output_item.done", output_index=0, item=item), completed()], [completed(item)]):
+        assert decode(*pieces, *end).generation.reasoning == "First.\n\nSecond.\n\nFirst."
+    items = [{"type": "reasoning", "id": id_, "content": [{"text": id_}]} for id_ in ("One.", "Two.")]
+    assert decode(completed(*items)).generation.reasoning == "One.\n\nTwo."
+    texts = [event("response.output_text.done", text=words, content_index=n) for n, words in enumerate(["He", "y"])]
+    assert decode(*texts, *texts, completed()).generation.content == "Hey"
 
 
 def test_a_refusal() -> None:
@@ -152,6 +168,239 @@ def test_encrypted_reasoning_is_kept_with_the_call_that_it_led_to() -> None:
         completed(thought),
     )
     assert [call.extra for call in outcome.generation.tool_calls] == [{"reasoning": [thought]}, None]
+
+
+def test_encrypted_reasoning_of_the_final_object_is_kept_with_its_call() -> None:
+    thoughts = [{"type": "reasoning", "id": f"rs_{n}", "summary": [], "encrypted_content": f"gAA{n}"} for n in (1, 2)]
+    told = event("response.output_item.done", output_index=0, item=thoughts[0])
+    first, second = call_item(arguments="{}"), call_item(id="fc_2", call_id="call_2", arguments="{}")
+    outcome = decode(
+        told,
+        event("response.output_item.done", output_index=1, item=first),
+        completed(thoughts[0], first, thoughts[1], second),
+    )
+    assert [call.extra for call in outcome.generation.tool_calls] == [
+        {"reasoning": [thoughts[0]]},
+        {"reasoning": [thoughts[1]]},
+    ]
+
+
+def message(*parts: str, **fields: Any) -> dict[str, Any]:
+    """A message whole; its id is the first of its texts."""
+    content = [{"type": "output_text", "text": words} for words in parts]
+    return {"type": "message", "id": parts[0], "content": content, **fields}
+
+
+def test_what_only_the_final_object_holds_is_published_behind_the_rest_and_in_its_order() -> None:
+    thought = {"type": "reasoning", "id": "rs", "summary": [{"text": "Hm."}, {"text": "So."}]}
+    refusal = {"type": "message", "id": "msg_2", "content": [{"type": "refusal", "refusal": "No."}]}
+    outcome = decode(
+        text("banana"),
+        completed(
+            message("banana", "na", id="msg_1"),
+            thought,
+            message("ban"),
+            call_item(arguments="{}"),
+            refusal,
+            message("an"),
+        ),
+    )
+    assert [(kind, data) for kind, data in outcome.deltas if kind != "tool_call"] == [
+        ("content", b"banana"),
+        ("content", b"na"),
+        ("reasoning", b"Hm."),
+        ("reasoning", b"\n\n"),
+        ("reasoning", b"So."),
+        ("content", b"ban"),
+        ("refusal", b"No."),
+        ("content", b"an"),
+    ]
+    assert [kind for kind, _ in outcome.deltas].index("tool_call") == 6
+    assert (outcome.calls, outcome.finish) == ([("call_1", "f", "{}")], "tool_calls")
+
+
+def test_an_incomplete_object_is_read_as_well() -> None:
+    response = {"status": "incomplete", "output": [message("Hey"), message("Yo")]}
+    end = event("response.incomplete", response={**response, "incomplete_details": {"reason": "max_output_tokens"}})
+    outcome = decode(text("Hey", item_id="Hey"), end)
+    assert (outcome.generation.content, outcome.finish) == ("HeyYo", "length")
+
+
+def test_a_text_that_comes_whole_brings_its_sources() -> None:
+    sources = [{"type": "url_citation", "url": f"http://{host}"} for host in "ab"]
+    parts = [{"type": "output_text", "text": "Hey", "annotations": sources}]
+    told = event("response.output_text.annotation.added", annotation=sources[0])
+    assert [kind for kind, _ in decode(told, completed(message("Hey", content=parts))).deltas] == [
+        "annotation",
+        "content",
+        "annotation",
+    ]
+    assert [kind for kind, _ in decode(told, text("Hey"), completed(message("Hey", content=parts))).deltas] == [
+        "annotation",
+        "content",
+    ]
+
+
+NAMELESS = {"item_id": None, "output_index": None, "content_index": None}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        NAMELESS,
+        {"item_id": None, "output_index": 7},
+        {"item_id": "other", "output_index": None},
+        {"item_id": "other", "output_index": 7},
+        {"content_index": None},
+    ],
+    ids=["nameless", "another index", "another id", "both", "without content_index"],
+)
+@pytest.mark.parametrize("said", ["Hey", "Hey\n", "He"])
+def test_what_may_have_been_said_is_not_said_again(place: dict[str, Any], said: str) -> None:
+    item = message("Hey", id="msg_1")
+    done = event("response.output_text.done", text="Hey", **{**NAMELESS, **place})
+    for end in ([done], [event("response.output_item.done", output_index=0, item=item)], []):
+        outcome = decode(text(said, **place), *end, completed(item, message("Yo")))
+        assert outcome.generation.content == said + "Yo"
+
+
+def test_the_end_of_a_text_may_leave_out_where_it_belongs_or_name_it_otherwise() -> None:
+    added = event("response.output_item.added", output_index=0, item=message("Hey", content=[]))
+    for begun in ([], [added]):
+        for place in ({}, {"content_index": 0}, {"item_id": "other"}, {"output_index": 7}):
+            done = event("response.output_text.done", text="Hey", **place)
+            assert decode(*begun, text("Hey", item_id="Hey"), done, completed()).generation.content == "Hey"
+    assert (
+        decode(text("Hey", **NAMELESS), event("response.output_text.done", text="Hay"), completed()).generation.content
+        == "Hey"
+    )
+
+
+def test_what_has_an_index_and_no_id_that_holds_is_found_by_its_index() -> None:
+    for place in ({"item_id": None}, {"item_id": "other"}):
+        outcome = decode(text("Hey", **place), completed(message("Hay"), message("Yo")))
+        assert outcome.generation.content == "HeyYo", "whatever became of its words"
+
+
+def test_places_in_the_final_object_need_not_be_the_indexes_of_items_with_ids() -> None:
+    told = text("Hey", item_id="Hey", output_index=1)
+    assert decode(told, completed(message("Hey"), message("Yo"))).generation.content == "HeyYo"
+
+
+def test_reasoning_that_was_shown_is_not_shown_in_its_other_form() -> None:
+    for shown in ("summary", "content"):
+        item = {"type": "reasoning", "id": "rs", "content": [], "summary": [{"text": "In"}, {"text": "short"}]}
+        if shown == "summary":
+            item |= {"content": [{"text": "At"}, {"text": "length"}]}
+        kind = "response.reasoning_text" if shown == "content" else "response.reasoning_summary_text"
+        told = event(f"{kind}.delta", delta="Hm.", output_index=0, item_id="rs", **{f"{shown}_index": 0})
+        assert decode(told, completed(item)).generation.reasoning == "Hm."
+
+
+def test_an_item_at_the_index_of_another_is_another_one() -> None:
+    stream = [
+        event("response.output_item.added", output_index=0, item=message("Hey", content=[])),
+        text("Hey", item_id="Hey"),
+        event("response.output_item.added", output_index=0, item=message("He", content=[])),
+    ]
+    done = event("response.output_item.done", output_index=0, item=message("He"))
+    for end in (
+        [done, completed()],
+        [completed(message("Hey"), message("He"))],
+        [completed(message("He"), message("Hey"))],
+    ):
+        assert decode(*stream, *end).generation.content == "HeyHe"
+    first = event("response.output_item.done", output_index=1, item=message("Hay"))
+    begun = [
+        event("response.output_item.added", output_index=index, item=message(words, content=[]))
+        for index, words in enumerate(["Hay", "Hey"])
+    ]
+    assert decode(*begun, text("Hey", item_id="Hey", output_index=1), first, completed()).generation.content == "HeyHay"
+    again = [stream[0], stream[1], stream[0], event("response.output_item.done", output_index=0, item=message("Hey"))]
+    assert decode(*again, completed()).generation.content == "Hey", "and one that begins twice is one"
+
+
+@pytest.mark.parametrize(
+    "names", [{"id": "fc_9", "call_id": "call_9"}, {"call_id": None}, {"id": None, "call_id": None}]
+)
+def test_a_call_that_the_final_object_names_otherwise_is_the_same_one(names: dict[str, Any]) -> None:
+    whole, added = call_item(arguments='{"a":1}'), event("response.output_item.added", output_index=3, item=call_item())
+    told = event("response.function_call_arguments.done", output_index=3, arguments='{"a":1}')
+    new = call_item(id="fc_2", call_id="call_2", arguments='{"b":2}')
+    assert decode(added, told, completed(new, {**whole, **names})).calls == [
+        ("call_1", "f", '{"a":1}'),
+        ("call_2", "f", '{"b":2}'),
+    ]
+    assert decode(added, completed({**whole, **names})).calls == [("call_1", "f", '{"a":1}')]
+
+
+def test_calls_without_any_id_are_told_apart_by_name_and_arguments() -> None:
+    bare = {"type": "function_call", "name": "f", "arguments": "{}"}
+    told = event("response.output_item.done", output_index=0, item=bare)
+    other, longer = {**bare, "name": "g"}, {**bare, "arguments": '{"a":1}'}
+    final = completed(longer, other, bare, bare)
+    assert [(name, arguments) for _, name, arguments in decode(told, final).calls] == [
+        ("f", "{}"),
+        ("f", '{"a":1}'),
+        ("g", "{}"),
+        ("f", "{}"),
+    ]
+
+
+TEXT_EVENTS = {"message": "response.output_text", "reasoning": "response.reasoning_text"}
+LEAVES_OUT = st.sampled_from(
+    [
+        (),
+        ("item_id",),
+        ("output_index",),
+        ("content_index",),
+        ("item_id", "output_index"),
+        ("item_id", "content_index"),
+        ("item_id", "output_index", "content_index"),
+    ]
+)
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> tuple[list[bytes], list[dict[str, Any]]]:
+    """A stream that tells of each item by deltas, by the ends of its texts, by its own end, or not; and all items."""
+    left_out, begins, ends = draw(LEAVES_OUT), draw(st.booleans()), draw(st.booleans())
+    rotates, renames = "output_index" not in left_out and draw(st.booleans()), draw(st.booleans())
+    renumbers = begins and not (rotates or renames or "item_id" in left_out) and draw(st.booleans())
+    stream: list[bytes] = []
+    output: list[dict[str, Any]] = []
+    for index in range(draw(st.integers(1, 4))):
+        kind, how = draw(st.sampled_from([*TEXT_EVENTS])), draw(st.sampled_from(["delta", "done", "item", "final"]))
+        item = message(*(f"<{index}.{number}>" for number in range(draw(st.integers(1, 2)))), type=kind)
+
+        def add(name: str, index: int = index, item: dict[str, Any] = item, **fields: Any) -> None:
+            id_ = f"{len(stream)}" if rotates else item["id"]
+            place = {"output_index": index, "item_id": id_, **fields}
+            kept = {key: value for key, value in place.items() if "text" not in name or key not in left_out}
+            stream.append(event(name, item={**item, "id": id_}, **kept))
+
+        if begins and how != "final":
+            add("response.output_item.added")
+        for number, part in enumerate(item["content"] if how in ("delta", "done") else ()):
+            for piece in (part["text"][:2], part["text"][2:]) if how == "delta" else ():
+                add(f"{TEXT_EVENTS[kind]}.delta", delta=piece, content_index=number)
+            add(f"{TEXT_EVENTS[kind]}.done", text=part["text"], content_index=number)
+        if how == "item" or (ends and how != "final"):
+            add("response.output_item.done", index=index + renumbers)
+        output.append({**item, "id": f"final_{index}"} if renames else item)
+    return stream, output
+
+
+@given(answers())
+def test_each_text_is_published_once_however_the_server_tells_and_names_it(
+    answer: tuple[list[bytes], list[dict[str, Any]]],
+) -> None:
+    stream, output = answer
+    texts = sorted(part["text"] for item in output for part in item["content"])
+    whole, without = decode(*stream, completed(*output)).generation, decode(*stream, completed()).generation
+    assert sorted(re.findall("<.*?>", whole.content + whole.reasoning)) == texts
+    said = re.findall("<.*?>", without.content + without.reasoning)
+    assert len(said) == len(set(said)), "nothing twice where the final object is empty"
 
 
 def test_custom_tools_have_input_for_arguments() -> None:
@@ -297,6 +546,13 @@ def test_oddity_32_several_calls_wrapped_in_one_that_nobody_declared(name: str) 
 def test_oddity_33_done_after_the_end_and_a_growing_content_index() -> None:
     outcome = decode(text("He", content_index=0), text("y", content_index=1), completed(MESSAGE) + b"data: [DONE]\n\n")
     assert (outcome.generation.content, outcome.finish) == ("Hey", "stop")
+    place = {"output_index": 0, "item_id": "Hey"}
+    thoughts = [
+        event("response.reasoning_text.delta", delta=piece, content_index=number, **place)
+        for number, piece in ((7, "He"), (8, "y"))
+    ]
+    done = event("response.reasoning_text.done", text="Hey", content_index=9, **place)
+    assert decode(*thoughts, done, completed(message("Hey", type="reasoning"))).generation.reasoning == "Hey"
 
 
 def test_a_stream_that_stops_is_cut() -> None:

@@ -1,8 +1,9 @@
 """The output items of a response: what was said of each, and the tool calls that are spread over their events."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
@@ -12,36 +13,91 @@ _WRAPPERS = ("parallel", "multi_tool_use.parallel")
 """A tool that nobody declared: some models wrap several calls in it."""
 
 
+class Part(NamedTuple):
+    """Which text of an item: one of its `content` or of its `summary`. Many servers do not number them."""
+
+    of: str
+    number: int | None
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """What was said of one item, by kind."""
+
+    is_certain: bool = False
+    """Whether its texts can be told from those of other items: not while they may go by another name."""
+    parts: defaultdict[str, set[Part]] = field(default_factory=lambda: defaultdict(set))
+    pieces: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def may_have(self, kind: str, text: str, part: Part, parts: int | None) -> bool:
+        said = self.parts[kind]
+        if not said or part in said or part.number is None or parts == 1:
+            return bool(said)
+        if any(one.of != part.of for one in said):  # providers that show their reasoning repeat it as a summary
+            return True
+        if parts and all(one.number is not None for one in said):
+            return False
+        return text in "".join(self.pieces[kind])
+
+
 class Spoken:
-    """Which kinds of text each output item has given already."""
+    """Which texts were published already, of all that is sent again with the end of a text, an item, the response.
+
+    Each is known by its item and its part. An item is known by its id, by its index where there is no id or another one
+    in each event. Servers that leave both out, or number their items anew, have their texts known by the words: what
+    may have been said was said. The final object clears some of it up, as it shows which ids are true.
+    """
 
     def __init__(self) -> None:
-        self._places: set[tuple[str, str, Any]] = set()
-        self._ids: dict[int | str, int | str] = {}
-        self.kinds: set[str] = set()
-        """All that was said anywhere."""
+        self._nameless = _Item()
+        self._items = [self._nameless]
+        self._by_name: dict[tuple[str, int | str], _Item] = {}
+        self._is_settled = False
 
-    def open(self, where: Mapping[str, Any]) -> None:
-        """An item begins: its id, which its deltas may leave out."""
-        index, item_id = _key(where.get("output_index")), _key(where.get("item_id"))
-        if index is not None and item_id is not None:
-            self._ids[index] = item_id
+    def begin(self, where: Mapping[str, Any]) -> None:
+        """An item begins, maybe at the index of another one. Its texts may leave out its id."""
+        if (item_id := _key(where.get("item_id"))) is None or ("item_id", item_id) not in self._by_name:
+            self._open(where).is_certain = True
 
-    def note(self, kind: str, where: Mapping[str, Any]) -> None:
-        """Something was said there."""
-        self.kinds.add(kind)
-        self._places.update(self._names(kind, where))
+    def note(self, kind: str, text: str, where: Mapping[str, Any], part: Part) -> None:
+        """This was said there."""
+        item = self._find(where) or self._open(where)
+        item.parts[kind].add(part)
+        item.pieces[kind].append(text)
 
-    def has(self, kind: str, where: Mapping[str, Any]) -> bool:
-        """Whether something was, there or at what goes by one of its names."""
-        return any(name in self._places for name in self._names(kind, where))
+    def may_have(self, kind: str, text: str, where: Mapping[str, Any], part: Part, parts: int | None = None) -> bool:
+        """Whether a whole text was said, or may have been; `parts` is the number of parts that its item has."""
+        item = self._find(where)
+        if item is not None and item.may_have(kind, text, part, parts):
+            return True
+        is_known = self._is_settled or item not in (None, self._nameless)
+        others = [other for other in self._items if other is not item and not (is_known and other.is_certain)]
+        said = "".join("".join(other.pieces[kind]) for other in others)
+        return bool(said) and (text in said or said in text)
 
-    def _names(self, kind: str, where: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-        index, item_id = _key(where.get("output_index")), _key(where.get("item_id"))
-        if item_id is None and index is not None:
-            item_id = self._ids.get(index)
-        names = (("output_index", index), ("item_id", item_id))
-        return [(kind, name, key) for name, key in names if key is not None]
+    def settle(self, ids: Iterable[Any]) -> None:
+        """The final object has these items. What was said of another may be of any of them."""
+        self._is_settled = True
+        found = {self._by_name.get(("item_id", key)) for item_id in ids if (key := _key(item_id)) is not None}
+        for item in self._items:
+            item.is_certain = item in found
+        self._by_name = {
+            name: item for name, item in self._by_name.items() if name[0] == "item_id" or not item.is_certain
+        }
+
+    def _open(self, where: Mapping[str, Any]) -> _Item:
+        self._items.append(item := _Item(is_certain=self._is_settled))
+        for name in ("output_index", "item_id"):
+            if (key := _key(where.get(name))) is not None:
+                self._by_name[name, key] = item
+        return item
+
+    def _find(self, where: Mapping[str, Any]) -> _Item | None:
+        item_id, index = _key(where.get("item_id")), _key(where.get("output_index"))
+        if item_id is None and index is None:
+            return self._nameless
+        by_id = None if item_id is None else self._by_name.get(("item_id", item_id))
+        return by_id or (None if index is None else self._by_name.get(("output_index", index)))
 
 
 class EmitToolCall(Protocol):
@@ -64,10 +120,12 @@ class _Call:
     name: str
     index: int | None = None
     """Its number among the published ones; None while it is held back."""
-    arguments: str = ""
-    """As long as it is held back, or came with its opening."""
-    has_arguments: bool = False
+    pieces: list[str] = field(default_factory=list)
     is_done: bool = False
+
+    @property
+    def arguments(self) -> str:
+        return "".join(self.pieces)
 
 
 class OutputCalls:
@@ -79,17 +137,24 @@ class OutputCalls:
         self._by_name: dict[tuple[str, Any], _Call] = {}
         self._published = 0
         self._reasoning: list[Mapping[str, Any]] = []
+        self._thoughts: set[Any] = set()
+        self._doubtful: list[_Call] = []
 
     def __bool__(self) -> bool:
         return bool(self._calls)
 
+    def settle(self, items: Iterable[Mapping[str, Any]]) -> None:
+        """The final object has these calls. Another one may be any of them that is as yet unknown."""
+        ids = {_call_id(item) for item in items} - {""}
+        self._doubtful = [call for call in self._calls if call.id not in ids]
+
     def take_item(self, item: Mapping[str, Any], place: Mapping[str, Any], *, is_done: bool) -> None:
         """An item that is a call: added, done, or found in the final object."""
-        call_id, where = _word(item.get("call_id")) or _word(item.get("id")), {**place, "item_id": item.get("id")}
+        call_id, where = _call_id(item), {**place, "item_id": item.get("id")}
         call = self._by_name.get(("call_id", call_id)) if call_id else self._find(where)
-        arguments = item.get("arguments", item.get("input"))
-        if call is None:
-            call = self._open(call_id, _word(item.get("name")), json_text(arguments), where)
+        name, arguments = _word(item.get("name")), item.get("arguments", item.get("input"))
+        if call is None and (call := self._taken_for(name, json_text(arguments))) is None:
+            call = self._open(call_id, name, json_text(arguments), where)
         else:
             self._remember(call, where)
         if is_done:
@@ -97,7 +162,8 @@ class OutputCalls:
 
     def take_reasoning(self, item: Mapping[str, Any]) -> None:
         """Reasoning that only the provider can read, and must have back with the call that it led to."""
-        if item.get("encrypted_content"):
+        if (thought := _word(item.get("encrypted_content"))) and thought not in self._thoughts:
+            self._thoughts.add(thought)
             self._reasoning.append(item)
 
     def add(self, where: Mapping[str, Any], fragment: Any) -> None:
@@ -118,7 +184,7 @@ class OutputCalls:
             self._unwrap(call)
 
     def _open(self, call_id: str, name: str, arguments: str, where: Mapping[str, Any]) -> _Call:
-        call = _Call(call_id, name, arguments=arguments, has_arguments=bool(arguments))
+        call = _Call(call_id, name, pieces=[arguments] if arguments else [])
         self._calls.append(call)
         if call_id:
             self._by_name["call_id", call_id] = call
@@ -135,18 +201,16 @@ class OutputCalls:
         self._emit(call.index, call_id=call.id or None, name=call.name or None, arguments=call.arguments, extra=extra)
 
     def _add(self, call: _Call, fragment: str) -> None:
-        call.has_arguments = True
-        if call.index is None:
-            call.arguments += fragment
-        else:
+        call.pieces.append(fragment)
+        if call.index is not None:
             self._emit(call.index, arguments=fragment)
 
     def _complete(self, call: _Call, arguments: Any) -> None:
         if call.is_done:
             return
-        if not call.has_arguments and (text := json_text(arguments)):
+        if not call.pieces and (text := json_text(arguments)):
             self._add(call, text)
-        call.is_done = call.has_arguments
+        call.is_done = bool(call.pieces)
         if call.is_done:
             self._unwrap(call)
 
@@ -169,6 +233,14 @@ class OutputCalls:
                 return call
         return None
 
+    def _taken_for(self, name: str, arguments: str) -> _Call | None:
+        """A call of the final object under an id of its own: the same one, as far as anybody can tell."""
+        for call in self._doubtful:
+            if call.name == name and call.arguments in ("", arguments):
+                self._doubtful.remove(call)
+                return call
+        return None
+
     def _latest(self) -> _Call | None:
         """The call that an event without a known place is for; a call that is done gets no more."""
         return self._calls[-1] if self._calls and not self._calls[-1].is_done else None
@@ -187,6 +259,10 @@ def _wrapped(arguments: str) -> list[tuple[str, str]]:
         return [(name, orjson.dumps(plain(parameters)).decode()) for name, parameters in calls]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _call_id(item: Mapping[str, Any]) -> str:
+    return _word(item.get("call_id")) or _word(item.get("id"))
 
 
 def _word(value: Any) -> str:

@@ -1,23 +1,24 @@
 """Responses: the typed events of OpenAI's API and of the servers that speak its dialects."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from deltafan._events import CONTENT, REASONING, REFUSAL
 from deltafan_worker._decoder import Completion
 from deltafan_worker._frames import TRUNCATED, FrameDecoder
-from deltafan_worker._output_items import OutputCalls, Spoken
+from deltafan_worker._output_items import OutputCalls, Part, Spoken
 from deltafan_worker._sse import SseEvent
 from deltafan_worker._upstream_error import UpstreamError, from_payload
 
 _TEXT_EVENTS = {
-    "response.output_text": CONTENT,
-    "response.refusal": REFUSAL,
-    "response.reasoning_text": REASONING,
-    "response.reasoning_summary_text": REASONING,
+    "response.output_text": (CONTENT, "content"),
+    "response.refusal": (REFUSAL, "content"),
+    "response.reasoning_text": (REASONING, "content"),
+    "response.reasoning_summary_text": (REASONING, "summary"),
 }
 _CALL_EVENTS = ("response.function_call_arguments", "response.custom_tool_call_input")
 _CALL_ITEMS = ("function_call", "custom_tool_call")
+_TEXT_ITEMS = ("message", "reasoning")
 _PART_KINDS = {"output_text": CONTENT, "text": CONTENT, "refusal": REFUSAL}
 _CUT_SHORT = {"max_output_tokens": "length", "max_tokens": "length"}
 
@@ -25,16 +26,15 @@ _CUT_SHORT = {"max_output_tokens": "length", "max_tokens": "length"}
 class ResponsesDecoder(FrameDecoder):
     """Decodes one response. See `Decoder` for how to drive it.
 
-    Output is told apart by `output_index`, by `item_id` where that is missing: there are servers whose item ids change
-    with every event, and servers that give an item another index when it is done. Whatever came as deltas is not
-    taken again from the events and objects that repeat it; whatever did not, is.
+    Every text and call is published once, whichever of the events that repeat it comes first: its deltas, its end, the
+    end of its item, the final object. See `Spoken` for how they are told apart.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._spoken = Spoken()
         self._calls = OutputCalls(self._emit_tool_call)
-        self._summary: tuple[Any, Any] | None = None
+        self._paragraph: object = None
         self._whole = False
 
     def completion(self) -> Completion:
@@ -80,14 +80,17 @@ class ResponsesDecoder(FrameDecoder):
 
     def _take_text(self, kind: str, frame: Mapping[str, Any]) -> bool:
         name, _, step = kind.rpartition(".")
-        if (spoken_as := _TEXT_EVENTS.get(name)) is None:
+        if name not in _TEXT_EVENTS:
             return False
+        kind, of = _TEXT_EVENTS[name]
+        number = frame.get(f"{of}_index")
+        part = Part(of, number if isinstance(number, int) else None)
         if step == "delta":
-            self._break_between_summaries(name, frame)
-            self._say(spoken_as, frame.get("delta"), frame)
+            # Parts of a summary are paragraphs, but for the break between them. Other numbers may grow with each delta.
+            paragraph = (frame.get("output_index"), number) if of == "summary" else of
+            self._say(kind, frame.get("delta"), frame, part, paragraph)
         elif step == "done":
-            text = frame.get("refusal" if spoken_as == REFUSAL else "text")
-            self._say_unless_said(spoken_as, text, frame)
+            self._say_unless_said(kind, frame.get("refusal" if kind == REFUSAL else "text"), frame, part)
         return True
 
     def _take_call(self, kind: str, frame: Mapping[str, Any]) -> bool:
@@ -107,12 +110,24 @@ class ResponsesDecoder(FrameDecoder):
         where = {"output_index": place.get("output_index"), "item_id": item.get("id")}
         if kind in _CALL_ITEMS:
             self._calls.take_item(item, place, is_done=is_done)
-        elif kind in ("message", "reasoning"):
-            if kind == "reasoning" and is_done:
-                self._calls.take_reasoning(item)
-            self._spoken.open(where)
-            for spoken_as, text in _texts(item) if is_done else ():
-                self._say_unless_said(spoken_as, text, where)
+        elif kind in _TEXT_ITEMS and is_done:
+            self._take_texts(item, where)
+        elif kind in _TEXT_ITEMS:
+            self._spoken.begin(where)
+
+    def _take_texts(self, item: Mapping[str, Any], where: Mapping[str, Any]) -> None:
+        """What a finished item says."""
+        is_reasoning = item.get("type") == "reasoning"
+        if is_reasoning:
+            self._calls.take_reasoning(item)
+        # Providers that show their reasoning repeat it as a summary.
+        of = "content" if item.get("content") else "summary"
+        parts = _objects(item.get(of))
+        for number, part in enumerate(parts):
+            kind = REASONING if is_reasoning else _PART_KINDS.get(str(part.get("type")))
+            text = part.get("refusal" if kind == REFUSAL else "text")
+            if kind and self._say_unless_said(kind, text, where, Part(of, number), len(parts)):
+                self._emit_annotations(part.get("annotations"))
 
     def _take_response(self, kind: str, response: Mapping[str, Any], http_status: int | None) -> None:
         self._note_id(response.get("id"))
@@ -130,14 +145,12 @@ class ResponsesDecoder(FrameDecoder):
 
     def _take_output(self, output: Any) -> None:
         """What the final object holds and no event brought. Its items' places need not be their output_index."""
-        said = frozenset(self._spoken.kinds)
-        for index, item in enumerate(output if isinstance(output, list) else ()):
-            if isinstance(item, dict) and item.get("type") in _CALL_ITEMS:
-                self._take_item(item, {"output_index": ("final", index)}, is_done=True)
-            elif isinstance(item, dict) and item.get("type") in ("message", "reasoning"):
-                for spoken_as, text in _texts(item):
-                    if spoken_as not in said:
-                        self._say(spoken_as, text, {})
+        items = _objects(output)
+        self._spoken.settle(item.get("id") for item in items)
+        self._calls.settle(items)
+        for index, item in enumerate(items):
+            is_call = item.get("type") in _CALL_ITEMS
+            self._take_item(item, {} if is_call else {"output_index": index}, is_done=True)
 
     def _reason(self, kind: str, response: Mapping[str, Any]) -> str:
         if kind == "response.incomplete":
@@ -146,40 +159,28 @@ class ResponsesDecoder(FrameDecoder):
             return _CUT_SHORT.get(reason, reason) if isinstance(reason, str) else "length"
         return "tool_calls" if self._calls else "stop"
 
-    def _say(self, kind: str, text: Any, where: Mapping[str, Any]) -> None:
-        if isinstance(text, str) and text:
-            self._spoken.note(kind, where)
-            self._emit(kind, text)
-
-    def _say_unless_said(self, kind: str, text: Any, where: Mapping[str, Any]) -> None:
-        if not self._spoken.has(kind, where):
-            self._say(kind, text, where)
-
-    def _break_between_summaries(self, name: str, frame: Mapping[str, Any]) -> None:
-        """Parts of a summary are paragraphs, but for the break between them."""
-        if name != "response.reasoning_summary_text":
+    def _say(self, kind: str, text: Any, where: Mapping[str, Any], part: Part, paragraph: object) -> None:
+        if not isinstance(text, str) or not text:
             return
-        part = (frame.get("output_index"), frame.get("summary_index"))
-        if self._summary is not None and part != self._summary:
-            self._emit(REASONING, "\n\n")
-        self._summary = part
+        if kind == REASONING:
+            if self._paragraph not in (None, paragraph):
+                self._emit(REASONING, "\n\n")
+            self._paragraph = paragraph
+        self._spoken.note(kind, text, where, part)
+        self._emit(kind, text)
+
+    def _say_unless_said(
+        self, kind: str, text: Any, where: Mapping[str, Any], part: Part, parts: int | None = None
+    ) -> bool:
+        is_news = isinstance(text, str) and not self._spoken.may_have(kind, text, where, part, parts)
+        if is_news:
+            self._say(kind, text, where, part, paragraph=object())
+        return is_news
 
 
-def _texts(item: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What a finished item says: kind and text."""
-    is_reasoning = item.get("type") == "reasoning"
-    # Providers that show their reasoning repeat it as a summary.
-    parts = (item.get("content") or item.get("summary")) if is_reasoning else item.get("content")
-    texts: dict[str, list[str]] = {}
-    for part in parts if isinstance(parts, list) else ():
-        if not isinstance(part, dict):
-            continue
-        kind = REASONING if is_reasoning else _PART_KINDS.get(str(part.get("type")))
-        text = part.get("refusal") if kind == REFUSAL else part.get("text")
-        if kind is not None and isinstance(text, str):
-            texts.setdefault(kind, []).append(text)
-    for kind, pieces in texts.items():
-        yield kind, ("\n\n" if is_reasoning else "").join(pieces)
+def _objects(values: Any) -> list[dict[str, Any]]:
+    """A list's objects, each at its place."""
+    return [value if isinstance(value, dict) else {} for value in values] if isinstance(values, list) else []
 
 
 def _is_error(frame: Mapping[str, Any], event: SseEvent) -> bool:
