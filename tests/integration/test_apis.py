@@ -280,10 +280,14 @@ async def test_oddity_29_the_label_does_not_tell_an_object_from_a_stream(
     assert len(upstream.requests) == 2
 
 
+LONG = "x" * (1 << 20)
+
+
+@pytest.mark.parametrize("steps", [chat.text(LONG), [chat.delta(content=LONG), *chat.ending()]], ids=["later", "first"])
 async def test_oddity_10_a_line_of_a_mebibyte_over_http(
-    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, upstream: ScriptedUpstream, steps: list[chat.Step]
 ) -> None:
-    upstream.standing = chat.text("x" * (1 << 20))
+    upstream.standing = steps
     result = await consumer.result((await producer.submit(model="sim", messages=HI)).id, timeout=10)
     assert (len(result.content), result.attempt_no) == (1 << 20, 1)
 

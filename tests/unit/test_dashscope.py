@@ -82,6 +82,9 @@ def test_search_results_are_sources_and_speech_is_audio() -> None:
 def test_oddity_08_frames_without_blank_lines() -> None:
     frames = [result({"text": t, "finish_reason": "null"}, number=n, blank=b"") for n, t in enumerate("abc", 1)]
     assert decode(b"".join(frames), STOP).generation.content == "abc"
+    for head in (b"id:4\nevent:error\n", b"id:4\n", b"event:error\n"):
+        outcome = decode(b"".join([*frames, head, b":HTTP_STATUS/429\ndata:{}\n"]))
+        assert (outcome.generation.content, outcome.code) == ("abc", "stream_error"), "a status is of one frame"
 
 
 def test_deep_research_has_a_message_in_place_of_choices() -> None:
