@@ -96,8 +96,6 @@ async def run_batch(
 
 
 async def _run(batch: Batch, files: BatchFiles, tally: Tally, request: Request) -> str:
-    if tally.is_spent:
-        batch.stop()
     async with aclosing(batch.run(files.pending(), ordered=request.ordered)) as outcomes:
         async for outcome in outcomes:
             if request.output is not None:
@@ -105,7 +103,7 @@ async def _run(batch: Batch, files: BatchFiles, tally: Tally, request: Request) 
             else:  # whoever reads it may be slow, and must not hold up the rest
                 await asyncio.to_thread(files.write, outcome)
             tally.add(outcome)
-            if tally.is_spent:
+            if tally.is_over:  # else it stops by its window: what is in flight may yet show that there is room
                 batch.stop()
     if tally.is_whole:
         return "completed"

@@ -119,14 +119,14 @@ class Tally:
         for currency, mean in means.items():
             if mean > 0:
                 most = min(most, int((self.limit_cost - self.cost.get(currency, 0.0)) / mean))
-        if max([0.0, *self.cost.values()]) >= self.limit_cost:
+        if self.is_over:
             return 0
         return max(int(rows_ended == 0), most)  # one, to learn what it costs
 
     @property
-    def is_spent(self) -> bool:
-        """Whether the limit does not pay for another row."""
-        return self.affords() < 1
+    def is_over(self) -> bool:
+        """Whether the limit is spent, whatever rows still to come may cost."""
+        return self.limit_cost is not None and max([0.0, *self.cost.values()]) >= self.limit_cost
 
     def progress(self) -> dict[str, Any]:
         """The figures, as other machines and `--json` get them."""

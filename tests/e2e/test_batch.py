@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from deltafan.testing import Answer, Gap, Refuse, ScriptedUpstream, Text, scripted_upstream
+from deltafan.testing import Answer, Gap, Refuse, ScriptedUpstream, Text, Tokens, scripted_upstream
 from support.valkey import Valkey
 from support.waiting import wait_until
 from support.workers import running_worker, settings_env, worker_process
@@ -108,6 +108,22 @@ async def test_a_limit_of_cost_stops_cleanly(env: dict[str, str], upstream: Scri
     assert "stopped at the limit" in stopped.stderr
     costs = [line["cost"] for line in answers(rows)]
     assert 0.0005 - max(costs) <= sum(costs) <= 0.0005
+
+
+async def test_one_dear_row_does_not_end_a_run_whose_other_rows_are_cheap(
+    env: dict[str, str], upstream: ScriptedUpstream, rows: Path
+) -> None:
+    is_written = asyncio.Event()
+    upstream.then(Answer([Text("dear")], usage=Tokens(input=9, output=3000)))
+    upstream.standing = Answer([is_written, Text("cheap")])
+    out = rows.with_name("out.jsonl")
+    async with running_worker(env):
+        running = asyncio.create_task(run(rows, env, "--json", "--limit-cost", "0.01"))
+        await wait_until(lambda: out.exists() and out.read_bytes(), "the dear one is written")
+        is_written.set()
+        ended = await running
+    assert ended.returncode == 0, ended.stderr
+    assert 0.008 < json.loads(ended.stdout)["cost"]["USD"] < 0.01
 
 
 @pytest.mark.parametrize("victims", ["runner", "worker", "both"])

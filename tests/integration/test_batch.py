@@ -1,7 +1,7 @@
 """`Batch` on a real worker: what it does with rows that failed, ended early, or can not go in."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -129,6 +129,25 @@ async def test_the_window_may_change_with_what_was_taken(
             assert len(batch.in_flight) <= taken
             taken += 1
     assert most > 1
+
+
+async def test_a_closed_window_ends_the_run_only_when_nothing_is_in_flight_that_could_open_it(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    taken = 0
+
+    async def take(window: Callable[[], int]) -> int:
+        nonlocal taken
+        taken = 0
+        async with aclosing(Batch(producer, consumer, batch_id="b", window=window).run(rows(20))) as outcomes:
+            async for _ in outcomes:
+                taken += 1
+        return taken
+
+    async with running_worker(env):
+        assert await asyncio.wait_for(take(lambda: 3 if taken < 5 else 0), 20) in range(5, 8)
+        assert await take(lambda: 0 if taken == 1 else 3) == 20
+        assert await asyncio.wait_for(take(lambda: 0), 20) == 0
 
 
 async def test_cancelling_ends_what_is_in_flight(

@@ -64,9 +64,20 @@ def test_then_as_many_as_the_rest_pays_for_and_not_all_at_once() -> None:
     assert one.affords() == 64
     for _ in range(63):
         one.add(ended(cost, failed=True))
-    assert (one.affords(), one.is_spent) == (1, False)
+    assert (one.affords(), one.is_over) == (1, False)
     one.add(ended(cost / 2))
-    assert (one.affords(), one.is_spent) == (0, True)
+    assert (one.affords(), one.is_over) == (0, False)
+    one.add(ended(cost / 2))
+    assert (one.affords(), one.is_over) == (0, True)
+
+
+def test_a_dear_row_closes_the_way_until_the_mean_is_small_again() -> None:
+    one = tally(1.0)
+    one.add(ended(0.6))
+    assert (one.affords(), one.is_over) == (0, False)
+    for _ in range(9):
+        one.add(ended(0.001))
+    assert one.affords() == int(0.391 / 0.0609)
 
 
 def test_each_currency_has_the_limit_to_itself_and_what_is_free_has_none() -> None:
@@ -95,4 +106,4 @@ def test_earlier_runs_count() -> None:
     one.cost["USD"] = 0.5
     assert one.affords() == 10
     one.cost["USD"] = 1.0
-    assert one.is_spent
+    assert one.is_over

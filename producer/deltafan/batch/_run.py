@@ -54,6 +54,9 @@ class Batch:
     ) -> None:
         """`window` is how many rows may be submitted and not yet taken, or says so for each that is to be submitted.
 
+        A window of 0 starts nothing for as long as it is so, and ends the run once nothing is in flight: there is then
+        nothing left that could open it again.
+
         `tries` tells how often a row has failed in earlier runs, if that is known; else the server is asked.
         """
         self._producer = producer
@@ -154,6 +157,9 @@ class Batch:
 
     async def _has_room(self) -> None:
         while self._room() < 1 and not self._stopping:
+            if self._untaken == 0:
+                self.stop()
+                return
             self._taken.clear()
             await self._taken.wait()
 
