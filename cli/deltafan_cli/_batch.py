@@ -104,7 +104,7 @@ async def _run(batch: Batch, files: BatchFiles, tally: Tally, request: Request) 
                 await asyncio.to_thread(files.write, outcome)
             tally.add(outcome)
             if tally.is_over:  # else it stops by its window: what is in flight may yet show that there is room
-                batch.stop()
+                await batch.withdraw()
     if tally.is_whole:
         return "completed"
     if batch.cancelled:

@@ -250,6 +250,20 @@ class Producer:
         await self._streams.call("PUBLISH", self._keys.cancels, job_id)
         return "cancelled" if answer[0] == b"CANCELLED" else "requested"
 
+    async def cancel_waiting(self, job_ids: Iterable[str], *, reason: str = "requested") -> None:
+        """End those of these jobs for which no model was ever called, so that none will be; leave the others alone.
+
+        One round trip for every few hundred jobs; repeating it is harmless.
+
+        Raises:
+            InvalidRequest: an id or `reason` is not fit to be one.
+            RedisUnavailable: the server can not be reached; some of them may have been cancelled.
+        """
+        args = (check_reason(reason), self._retention.live_ms, *self._retention.ended_ms, "", 1)
+        calls = iter([(self._keys.job(check_job_id(job_id)), args) for job_id in job_ids])
+        while portion := list(islice(calls, CHUNK)):
+            await self._streams.run_durably(load("cancel"), portion)
+
     async def report_batch(self, batch_id: str, progress: Mapping[str, Any], *, is_first: bool = False) -> bool:
         """Let other machines see how far a batch is (`batches`). Returns whether its end was asked for.
 

@@ -126,6 +126,24 @@ async def test_one_dear_row_does_not_end_a_run_whose_other_rows_are_cheap(
     assert 0.008 < json.loads(ended.stdout)["cost"]["USD"] < 0.01
 
 
+async def test_what_waits_at_the_limit_costs_nothing_and_a_higher_one_goes_on_with_it(
+    env: dict[str, str], upstream: ScriptedUpstream, rows: Path
+) -> None:
+    upstream.then(*[Answer([Text("cheap")])] * 10)
+    upstream.standing = Answer([Gap(0.2), Text("dear")], usage=Tokens(input=9, output=500))
+    async with running_worker({**env, "DELTAFAN_CONCURRENCY": "4"}):
+        stopped = await run(rows, env, "--json", "--limit-cost", "0.003")
+        begun, written = len(upstream.requests), len(answers(rows))
+        upstream.standing = Answer([Text("cheap")])
+        whole = await run(rows, env, "--json", "--limit-cost", "1")
+    told = json.loads(stopped.stdout)
+    assert (told["status"], told["answered"], told["failed"]) == ("stopped at the limit of its cost", begun, 0)
+    assert written == begun <= 10 + 3 * 4, "some 30 rows were in flight, 4 of them running"
+    assert (whole.returncode, len(upstream.requests)) == (0, ROWS)
+    assert Counter(line["custom_id"] for line in answers(rows)) == {f"r{n}": 1 for n in range(ROWS)}
+    assert not rows.with_name("out.jsonl.errors").exists()
+
+
 @pytest.mark.parametrize("victims", ["runner", "worker", "both"])
 async def test_killed_half_way_and_run_again_every_row_is_there_once(
     env: dict[str, str], upstream: ScriptedUpstream, rows: Path, victims: str

@@ -10,7 +10,8 @@ from redis.asyncio import Redis
 
 from deltafan import Consumer, InvalidRequest, Job, JobFailed, JobNotFound, Producer, RedisUnavailable
 from deltafan.batch import Batch, Row
-from deltafan.testing import Refuse, ScriptedUpstream
+from deltafan.batch._files import job_id_of
+from deltafan.testing import Answer, Refuse, ScriptedUpstream, Text
 from support.waiting import wait_until
 from support.workers import running_worker
 
@@ -160,6 +161,57 @@ async def test_cancelling_ends_what_is_in_flight(
         await wait_until(lambda: upstream.requests, "it runs")
         await batch.cancel()
     assert run.result() == {f"r{n}": False for n in range(20)}
+
+
+async def test_what_is_withdrawn_costs_nothing_has_no_outcome_and_waits_for_the_next_run(
+    producer: Producer,
+    consumer: Consumer,
+    env: dict[str, str],
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = asyncio.Event()
+    upstream.standing = Answer([gate, Text("Hello")])
+    batch = Batch(producer, consumer, batch_id="b", window=20)
+    async with running_worker(env | {"DELTAFAN_CONCURRENCY": "2"}), asyncio.TaskGroup() as tasks:
+        run = tasks.create_task(endings(batch, rows(50)))
+        await wait_until(lambda: upstream.requests, "it runs")
+        await batch.withdraw()
+        await wait_until(lambda: len(batch.in_flight) <= 2, "only what runs is left")
+        await batch.withdraw()
+        gate.set()
+    assert run.result() == dict.fromkeys(run.result(), True)
+    assert len(run.result()) == len(upstream.requests) <= 2
+
+    _lose_first_submit(producer, monkeypatch)
+    async with running_worker(env):
+        again = await endings(Batch(producer, consumer, batch_id="b"), rows(50))
+    assert again == {f"r{n}": True for n in range(50)}
+    assert len(upstream.requests) == 50
+
+
+def _lose_first_submit(producer: Producer, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit_many = producer.submit_many
+
+    async def losing(_requests: Any) -> Any:
+        monkeypatch.setattr(producer, "submit_many", submit_many)
+        raise RedisUnavailable("redis://here", "it was lost on the way")
+
+    monkeypatch.setattr(producer, "submit_many", losing)
+
+
+async def test_what_is_submitted_while_the_batch_is_withdrawn_is_taken_back_too(
+    producer: Producer, consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, submit_many = Batch(producer, consumer, batch_id="b"), producer.submit_many
+
+    async def slow(requests: Any) -> Any:
+        await batch.withdraw()
+        return await submit_many(requests)
+
+    monkeypatch.setattr(producer, "submit_many", slow)
+    assert await asyncio.wait_for(endings(batch, rows(3)), 10) == {}
+    assert await producer.cancel(job_id_of("b", "r0", 0)) == "ended"
 
 
 async def test_rows_that_a_dead_runner_has_left_are_cancelled_by_the_workers(

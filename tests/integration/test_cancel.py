@@ -63,6 +63,26 @@ async def test_from_another_machine_and_twice(
     assert await producer.cancel(job.id) == "ended", "a job that has ended stays as it is"
 
 
+async def test_of_what_waits_alone_leaves_what_was_ever_begun(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    upstream.then(Answer([Text("Once upon"), asyncio.Event()]))
+    async with running_worker(env) as worker:
+        handed_over = await producer.submit(model="sim", messages=HI)
+        await wait_until(lambda: upstream.requests, "the model is called")
+        await producer.cancel_waiting([handed_over.id])
+        worker.drain()
+        worker.drain()
+        await wait_until(lambda: not worker.tasks, "it is given to others")
+    fresh = await producer.submit(model="sim", messages=HI)
+    await producer.cancel_waiting([handed_over.id, fresh.id, "unknown"], reason="enough")
+    with pytest.raises(JobCancelled, match="enough"):
+        await consumer.result(fresh.id, timeout=5)
+    async with running_worker(env):
+        assert (await consumer.result(handed_over.id, timeout=10)).status == "completed"
+    assert len(upstream.requests) == 2
+
+
 async def test_of_a_job_that_nobody_knows(producer: Producer) -> None:
     with pytest.raises(JobNotFound):
         await producer.cancel("never-submitted")

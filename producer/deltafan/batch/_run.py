@@ -30,6 +30,7 @@ _LOOK_S = 60.0
 """How long one question for a result waits before it is asked anew."""
 _PAUSE_S = 0.5
 _NO_ANSWER = frozenset({"failed", "cancelled", "expired"})
+_WITHDRAWN = "its batch has withdrawn it"
 
 Rows = Iterable[Row] | AsyncIterable[Row]
 Ends = asyncio.Queue["asyncio.Task[Outcome] | None"]
@@ -66,6 +67,8 @@ class Batch:
         self._tenant = tenant or batch_id
         self._tries = tries or (lambda _: 0)
         self._stopping = False
+        self._withdraws = False
+        self._asked_back: set[str] = set()
         self._untaken, self._taken = 0, asyncio.Event()
         self._arrived: asyncio.Queue[Row | None] = asyncio.Queue(PORTION)
         self.cancelled = False
@@ -89,6 +92,18 @@ class Batch:
             with suppress(JobNotFound, RedisUnavailable):
                 await self._producer.cancel(job_id, reason="the batch was cancelled")
 
+    async def withdraw(self) -> None:
+        """Stop, and take back what no worker has begun: it costs nothing, has no outcome, and waits for a later run.
+
+        What could not be taken back because Redis was away is asked for again when this is called again.
+        """
+        self.stop()
+        self._withdraws = True
+        asked = self.in_flight.keys() - self._asked_back
+        with suppress(RedisUnavailable):
+            await self._producer.cancel_waiting(asked, reason=_WITHDRAWN)
+            self._asked_back |= asked
+
     async def run(self, rows: Rows, *, ordered: bool = False) -> AsyncGenerator[Outcome, None]:
         """Outcomes as they come or, if `ordered`, as the rows go. Leaving it early leaves jobs in flight to the fleet.
 
@@ -107,7 +122,8 @@ class Batch:
                     continue  # the driver raises what it was
                 outcome = task.result()
                 self.in_flight.pop(outcome.job_id, None)
-                yield outcome
+                if not (self._withdraws and outcome.generation.cancel_reason == _WITHDRAWN):
+                    yield outcome
                 self._untaken -= 1  # not before: the window may depend on what the taker has made of it
                 self._taken.set()
             await driver
@@ -148,6 +164,8 @@ class Batch:
             self.in_flight.update(jobs)
             if self.cancelled:
                 await self.cancel()
+            elif self._withdraws:
+                await self.withdraw()
             for job in jobs:
                 yield job
             row = None if row is None else await self._next()
@@ -181,7 +199,7 @@ class Batch:
             except JobConflict as error:
                 raise self._other_row(error, left, tries) from None
             self.held_up = ""
-            again = [row for job, row in zip(jobs, left, strict=True) if _failed_before(job) and not is_repeat]
+            again = [row for job, row in zip(jobs, left, strict=True) if _failed_before(job, is_repeat=is_repeat)]
             for row in again:
                 tries[row.custom_id] += 1
             found += [(job.id, row) for job, row in zip(jobs, left, strict=True) if row not in again]
@@ -227,8 +245,9 @@ class Batch:
             return Outcome(row, job_id, generation, time.monotonic() - started)
 
 
-def _failed_before(job: Job) -> bool:
-    return not job.created and job.status in _NO_ANSWER
+def _failed_before(job: Job, *, is_repeat: bool) -> bool:
+    """Whether in an earlier run. What fails while its submit is repeated is this one's, which then cancels nothing."""
+    return not job.created and job.status in ({"cancelled"} if is_repeat else _NO_ANSWER)
 
 
 async def _read(rows: Rows, arrived: asyncio.Queue[Row | None]) -> None:
