@@ -96,7 +96,7 @@ class Keys:
 
     @property
     def workers(self) -> str:
-        """Sorted set: names of worker processes by the unix time when they last showed themselves."""
+        """Sorted set: names of worker processes by the server's unix time when they last showed themselves."""
         return f"{self.prefix}:workers"
 
     def worker(self, name: str) -> str:

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import socket
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 
@@ -20,6 +19,7 @@ from redis.exceptions import RedisError
 from deltafan._background import background
 from deltafan._errors import RedisUnavailable
 from deltafan._keys import FUNCTION, LANES, Keys
+from deltafan._lua import load
 from deltafan._resp import ConnectionLost, ServerError, is_passing, open_connection
 from deltafan._url import masked_url
 from deltafan._workers import SHOWN_S
@@ -32,7 +32,7 @@ from deltafan_worker._lanes import Shares
 from deltafan_worker._leased import BEAT_S, LeasedWorker, WorkerOptions
 from deltafan_worker._limits import FleetLimits
 from deltafan_worker._publisher import Publisher
-from deltafan_worker._queue_pool import queue_pool
+from deltafan_worker._queue_pool import queue_pool, run_script
 from deltafan_worker._router import Router
 from deltafan_worker._run import JobRunner
 from deltafan_worker._signals import on_stop_signals
@@ -40,6 +40,7 @@ from deltafan_worker._sweeper import Sweeper, SweeperOptions
 
 log = logging.getLogger("deltafan.worker")
 
+_SHOW = load("show", "deltafan_worker", using=())
 _WAIT_S = 1.0
 _POLICY = re.compile(r"maxmemory_policy:([\w-]+)")
 
@@ -184,12 +185,7 @@ async def _show_presence(pool: ArqRedis, keys: Keys, worker: LeasedWorker) -> No
     lifetime_ms = int(SHOWN_S * 1000)
     while True:
         with suppress(RedisError, OSError):
-            now = time.time()
-            load = orjson.dumps({"running": len(worker.tasks), "slots": worker.max_jobs})
-            async with pool.pipeline() as pipeline:
-                pipeline.set(keys.worker(worker.name), load, px=lifetime_ms)
-                pipeline.zadd(keys.workers, {worker.name: now})
-                pipeline.zremrangebyscore(keys.workers, "-inf", now - SHOWN_S)
-                pipeline.pexpire(keys.workers, lifetime_ms)
-                await pipeline.execute()
+            busy = orjson.dumps({"running": len(worker.tasks), "slots": worker.max_jobs})
+            names = (keys.worker(worker.name), keys.workers)
+            await run_script(pool, _SHOW, names, (worker.name, busy, lifetime_ms))
         await asyncio.sleep(SHOWN_S / 3)
