@@ -4,7 +4,7 @@ import asyncio
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,10 @@ from rich.text import Text
 
 from deltafan import Consumer, InvalidRequest, JobNotFound, Limit, Producer, RedisUnavailable
 from deltafan._background import background
+from deltafan._workers import SHOWN_S, Worker
 from deltafan.batch import Batch, BatchFiles
 from deltafan_cli._batch_tally import Tally
+from deltafan_cli._commands import command_name
 from deltafan_cli._estimate import Estimate, money
 from deltafan_cli._view import err, out, print_json
 from deltafan_config import Catalogue
@@ -27,6 +29,8 @@ EXIT_PARTLY = 3
 REPORT_S = 2.0
 UNHEARD_S = 10 * REPORT_S
 """A runner that has said nothing for so long is dead, or its machine is cut off."""
+Workers = Callable[[], Awaitable[Sequence[Worker]]]
+"""Gives those that live."""
 _GZIP = b"\x1f\x8b"
 
 
@@ -64,7 +68,12 @@ def check_batch(request: Request, catalogue: Catalogue) -> int:
 
 
 async def run_batch(
-    request: Request, files: BatchFiles, estimate: Estimate, producer: Producer, consumer: Consumer
+    request: Request,
+    files: BatchFiles,
+    estimate: Estimate,
+    producer: Producer,
+    consumer: Consumer,
+    workers: Workers,
 ) -> int:
     """Run what has no answer yet. Returns the exit code."""
     tally, state = Tally.of(files, request.limit_cost, estimate.mean()), "interrupted"
@@ -80,7 +89,7 @@ async def run_batch(
     err.print(f"batch {files.batch_id}: {files.rows:,} rows, {files.answered:,} answered before", markup=False)
     for line in estimate.lines():
         err.print(line, markup=False)
-    reporter = Reporter(request, tally, batch, files.batch_id, producer, estimate)
+    reporter = Reporter(request, tally, batch, files.batch_id, producer, estimate, workers)
     try:
         async with background(reporter.run(), "report"):
             state = await _run(batch, files, tally, request)
@@ -160,10 +169,17 @@ class Reporter:
     """Tells the terminal and other machines how far a batch is, and heeds a cancel from either."""
 
     def __init__(
-        self, request: Request, tally: Tally, batch: Batch, batch_id: str, producer: Producer, estimate: Estimate
+        self,
+        request: Request,
+        tally: Tally,
+        batch: Batch,
+        batch_id: str,
+        producer: Producer,
+        estimate: Estimate,
+        workers: Workers,
     ) -> None:
         self._as_json, self._tally, self._batch = request.as_json, tally, batch
-        self._batch_id, self._producer, self._estimate = batch_id, producer, estimate
+        self._batch_id, self._producer, self._estimate, self._workers = batch_id, producer, estimate, workers
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -182,9 +198,10 @@ class Reporter:
         waits = "Redis can not be reached; waiting"
         with suppress(RedisUnavailable):
             limits = [limit for limit in await self._producer.limits() if self._estimate.uses(limit.name)]
-            waits = "; ".join(filter(None, (self._batch.held_up, _waits(limits))))
-            if not waits and self._tally.in_flight and self._tally.quiet_s > UNHEARD_S:
-                waits = f"no row has ended for {self._tally.quiet_s:,.0f} s; does a worker run?"
+            quiet = ""
+            if (self._tally.in_flight or self._batch.held_up) and self._tally.quiet_s > UNHEARD_S:
+                quiet = f"no row has ended for {self._tally.quiet_s:,.0f} s: {_present(await self._workers())}"
+            waits = "; ".join(filter(None, (self._batch.held_up, _waits(limits), quiet)))
             fields = {**_fields(self._tally, "running"), "waits": waits}
             if await self._producer.report_batch(self._batch_id, fields):
                 await self._batch.cancel()
@@ -208,6 +225,15 @@ def _waits(limits: list[Limit]) -> str:
         elif waiting:
             reasons.append(f"{waiting:,} wait for the limits of {limit.name}")
     return "; ".join(reasons)
+
+
+def _present(workers: Sequence[Worker]) -> str:
+    """Who is there to run the rows."""
+    if not workers:
+        return f"no worker has shown itself for {SHOWN_S:.0f} s, `{command_name()} worker` starts one"
+    live = "1 worker lives" if len(workers) == 1 else f"{len(workers):,} workers live"
+    running, slots = sum(worker.running for worker in workers), sum(worker.slots for worker in workers)
+    return f"{live}, {running:,} of {slots:,} slots are busy"
 
 
 def _line(progress: Mapping[str, Any], waits: str) -> str:

@@ -5,12 +5,14 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deltafan import DeltafanError
+from deltafan._workers import living_workers
 from deltafan_cli._commands import AsJson, await_, consumer_of, producer_of, read_settings
 from deltafan_config import Catalogue, Settings
 
@@ -74,12 +76,13 @@ def _check_or_run(request: "Request", settings: Settings, *, check: bool) -> int
     if check:
         return check_batch(request, catalogue)
     estimate = Estimate(catalogue)
+    workers = partial(living_workers, settings.redis_url, prefix=settings.prefix)
     # What takes long and waits for nobody is done before there is an event loop, where Ctrl-C ends it at once.
     with opened(request, estimate) as files:
 
         async def work() -> int:
             async with producer_of(settings) as producer, consumer_of(settings) as consumer:
-                return await run_batch(request, files, estimate, producer, consumer)
+                return await run_batch(request, files, estimate, producer, consumer, workers)
 
         return await_(work())
 

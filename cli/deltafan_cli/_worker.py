@@ -37,8 +37,8 @@ def run_workers(settings: Settings, *, burst: bool) -> int:
 
 def check_worker(settings: Settings) -> int:
     """0 when a worker of this host is alive, else 1."""
-    names = asyncio.run(living_workers(settings.redis_url, prefix=settings.prefix))
-    if any(name.rpartition(":")[0] == socket.gethostname() for name in names):
+    workers = asyncio.run(living_workers(settings.redis_url, prefix=settings.prefix))
+    if any(worker.name.rpartition(":")[0] == socket.gethostname() for worker in workers):
         return 0
     err.print("no worker of this host has shown itself within the last seconds")
     return 1

@@ -1,5 +1,9 @@
 """Which worker processes are alive, by what they show of themselves. All times are of the server's clock."""
 
+from dataclasses import dataclass
+
+import orjson
+
 from deltafan._client import RedisClient
 from deltafan._keys import Keys
 from deltafan._resp import pack
@@ -8,15 +12,35 @@ SHOWN_S = 15.0
 """How long a process counts as alive after it has shown itself, which it does three times in that span."""
 
 
-async def living_workers(redis_url: str, *, prefix: str = "deltafan") -> list[str]:
-    """The names, `<host>:<pid>`, of the processes that have shown themselves lately. One round trip.
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker process, as it last showed itself."""
+
+    name: str
+    """`<host>:<pid>`."""
+    running: int
+    """Jobs of all lanes."""
+    slots: int
+
+
+async def living_workers(redis_url: str, *, prefix: str = "deltafan") -> list[Worker]:
+    """The processes that have shown themselves lately. Two round trips.
 
     Raises:
         RedisUnavailable: the queue's server can not be reached.
     """
+    keys = Keys(prefix)
     async with RedisClient(redis_url, patience_s=1.0) as client:
         (seconds, micros), flat = await client.pipeline(
-            [pack("TIME"), pack("ZRANGE", Keys(prefix).workers, 0, -1, "WITHSCORES")]
+            [pack("TIME"), pack("ZRANGE", keys.workers, 0, -1, "WITHSCORES")]
         )
-    since_s = int(seconds) + int(micros) / 1e6 - SHOWN_S
-    return [name.decode() for name, shown_s in zip(flat[::2], flat[1::2], strict=True) if float(shown_s) > since_s]
+        since_s = int(seconds) + int(micros) / 1e6 - SHOWN_S
+        shown = zip(flat[::2], flat[1::2], strict=True)
+        names = [name.decode() for name, shown_s in shown if float(shown_s) > since_s]
+        loads = await client.call("MGET", *map(keys.worker, names)) if names else []
+    return [_worker(name, load) for name, load in zip(names, loads, strict=True) if load is not None]
+
+
+def _worker(name: str, load: bytes) -> Worker:
+    fields = orjson.loads(load)
+    return Worker(name, fields["running"], fields["slots"])

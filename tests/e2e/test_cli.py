@@ -218,6 +218,7 @@ async def test_who_waits_is_told_nothing_while_a_worker_lives(
     await _app._say_when_nobody_works(Settings(redis_url="redis://127.0.0.1:1"))
     await redis.zadd("deltafan:workers", {"elsewhere:1": time.time()})
     await redis.expire("deltafan:workers", 60)
+    await redis.set("deltafan:worker:elsewhere:1", '{"running": 0, "slots": 1}', ex=60)
     await _app._say_when_nobody_works(Settings(redis_url=redis_url))
     assert capsys.readouterr().err == ""
 

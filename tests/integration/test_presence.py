@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from deltafan._workers import living_workers
+from deltafan._workers import Worker, living_workers
 from support.waiting import wait_until
 from support.workers import running_worker, settings_env
 
@@ -24,9 +24,9 @@ async def test_who_has_not_shown_himself_lately_is_not_alive_and_is_forgotten_wh
     await redis.pexpire("deltafan:workers", 60_000)
     assert await living_workers(redis_url) == []
     me = f"{socket.gethostname()}:{os.getpid()}"
-    async with running_worker(settings_env(redis_url, "http://127.0.0.1:1/v1", tmp_path)):
+    async with running_worker(settings_env(redis_url, "http://127.0.0.1:1/v1", tmp_path, concurrency=7)):
         await wait_until(lambda: redis.exists(f"deltafan:worker:{me}"), "it shows")
-        assert await living_workers(redis_url) == [me]
+        assert await living_workers(redis_url) == [Worker(me, running=0, slots=7)]
         assert seconds <= (await redis.zscore("deltafan:workers", me) or 0) < seconds + 30
         assert await redis.zcard("deltafan:workers") == 1
         assert 10 < await redis.ttl("deltafan:workers") <= 15

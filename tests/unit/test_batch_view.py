@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from deltafan import Limit, Producer
+from deltafan._workers import Worker
 from deltafan.batch import Row
 from deltafan_cli import _batch
 from deltafan_cli._batch_tally import Tally
@@ -87,11 +88,14 @@ def batch(held_up: str = "") -> Any:
     return SimpleNamespace(held_up=held_up, in_flight={})
 
 
-async def why(redis: Redis, tally: Tally, held_up: str = "", *models: str) -> str:
+async def why(redis: Redis, tally: Tally, held_up: str = "", *models: str, workers: Sequence[Worker] = ()) -> str:
+    async def living() -> Sequence[Worker]:
+        return workers
+
     estimate = Estimate(Catalogue.load(None))
     for model in models:
         estimate.add(Row(1, "a", model, "chat", {"messages": []}))
-    reporter = _batch.Reporter(request(), tally, batch(held_up), "b", cast(Producer, redis), estimate)
+    reporter = _batch.Reporter(request(), tally, batch(held_up), "b", cast(Producer, redis), estimate, living)
     waits = await reporter._tell()
     assert redis.told[-1]["waits"] == waits
     return waits
@@ -107,14 +111,23 @@ async def test_why_it_waits_is_told_of_what_the_batch_uses() -> None:
     assert (await why(redis, tally, "", "only/workers-know")).count("7 wait") == 3
 
 
-async def test_when_nothing_ends_it_asks_for_a_worker() -> None:
+async def test_when_nothing_ends_it_tells_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_batch, "command_name", lambda: "deltafan")
     tally = Tally(rows=10, answered_before=0, in_flight=5)
     assert await why(Redis(), tally) == ""
     tally.last_end_s -= 60
-    assert await why(Redis(), tally) == "no row has ended for 60 s; does a worker run?"
-    assert "7 wait" in await why(Redis(limit("p")), tally, "", "p/m")
+    nobody = "no row has ended for 60 s: no worker has shown itself for 15 s, `deltafan worker` starts one"
+    assert await why(Redis(), tally) == nobody
+    assert (await why(Redis(limit("p")), tally, "", "p/m")).endswith(f"7 wait for the limits of p; {nobody}")
+    one, two = Worker("a:1", 20, 20), Worker("b:1", 3, 20)
+    assert (
+        await why(Redis(), tally, workers=[one]) == "no row has ended for 60 s: 1 worker lives, 20 of 20 slots are busy"
+    )
+    assert "7 wait" in (told := await why(Redis(limit("p")), tally, "", "p/m", workers=[one, two]))
+    assert told.endswith("2 workers live, 23 of 40 slots are busy")
     tally.in_flight = 0
     assert await why(Redis(), tally) == ""
+    assert await why(Redis(), tally, "the lane is full") == f"the lane is full; {nobody}"
 
 
 def test_the_summary_tells_latencies_apart(screen: Console) -> None:
