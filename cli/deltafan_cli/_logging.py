@@ -23,12 +23,10 @@ class _JsonFormatter(logging.Formatter):
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Configure this process's logging. arq's own lines are kept to warnings: ours say the same once."""
+    """Configure this process's logging."""
     handler = logging.StreamHandler(sys.stderr)
     if settings.log_format == "json":
         handler.setFormatter(_JsonFormatter())
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    # At every level: arq logs the arguments of a job, and these hold the prompt.
-    logging.getLogger("arq").setLevel(logging.WARNING)

@@ -155,6 +155,42 @@ async def test_a_job_without_a_record_that_is_another_workers_is_left_to_it(
     assert not await redis.zcard("deltafan:queue:interactive")
 
 
+async def test_a_claim_and_the_record_of_its_job_are_one_servers(
+    producer: Producer, consumer: Consumer, redis: Redis, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a replica takes over, the next command may reach the old server, where the job has ended long ago."""
+
+    async def forgetting(pool: Any, called: Any, *args: Any) -> Any:
+        reply = await run_script(pool, called, *args)
+        if called.name == "claim":
+            await redis.delete(f"arq:job:{job.id}")
+        return reply
+
+    monkeypatch.setattr(_leased, "run_script", forgetting)
+    job = await producer.submit(model="sim", messages=HI)
+    async with running_worker(env):
+        assert (await consumer.result(job.id, timeout=10)).content == "Hello, world!"
+
+
+async def test_large_jobs_are_claimed_in_portions(
+    producer: Producer, redis_url: str, upstream: ScriptedUpstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    async def noting(pool: Any, called: Any, *args: Any) -> Any:
+        reply = await run_script(pool, called, *args)
+        if called.name == "claim":
+            sizes.append(sum(len(record) for record in reply[1][5::7]))
+        return reply
+
+    monkeypatch.setattr(_leased, "run_script", noting)
+    large = [{"role": "user", "content": "x" * 600_000}]
+    jobs = await producer.submit_many([{"model": "sim", "messages": large}] * 5)
+    async with running_worker(settings_env(redis_url, upstream.url, tmp_path)):
+        await wait_until(lambda: len(upstream.requests) == len(jobs), "all run")
+    assert 1_200_000 < max(sizes) < 1_300_000
+
+
 async def claimed_times(redis: Redis, job_id: str, count: int) -> bool:
     return int(await redis.get(f"arq:retry:{job_id}") or 0) >= count
 
@@ -250,7 +286,7 @@ async def test_no_more_jobs_are_claimed_at_once_than_can_ask_the_queue_at_once(
     async def noting(pool: Any, called: Any, *args: Any) -> Any:
         reply = await run_script(pool, called, *args)
         if called.name == "claim":
-            claimed.append(len(reply[1]) // 6)
+            claimed.append(len(reply[1]) // 7)
         return reply
 
     monkeypatch.setattr(_leased, "run_script", noting)

@@ -55,7 +55,7 @@ class Limits:
 
     def claim(self, room: int, *, cautious: bool = False) -> list[str]:
         _, flat, self.left, *_ = self._run("claim", (QUEUE,), "process", 5000, room, int(cautious), 0, 1, room)
-        return [raw.decode() for raw in flat[::6]]
+        return [raw.decode() for raw in flat[::7]]
 
     def enqueue(self, job: str, tenant: str) -> float:
         script = load("enqueue_only", using=("enqueue",))

@@ -33,6 +33,8 @@ class Claim:
     """Grows with every claim of the job; what fences an older claim."""
     score: str
     """Its place in the queue, when it was claimed."""
+    record: bytes | None = field(default=None, repr=False)
+    """arq's record of the job, until it has been read."""
     grant: Grant | None = None
     """The call that was counted for it with the claim."""
     limited: bool = False
@@ -65,11 +67,12 @@ def claims_of(flat: Sequence[Any], *, second: int, limited: bool, process: str, 
             token=f"{process}:{number}",
             number=number,
             score=score.decode(),
+            record=record,
             grant=_grant(counted.decode(), second),
             limited=limited,
             pending=Reason.ABORTED if aborted else None,
         )
-        for job_id, index, score, number, aborted, counted in zip(*(iter(flat),) * 6, strict=True)
+        for job_id, index, score, number, aborted, record, counted in zip(*(iter(flat),) * 7, strict=True)
     ]
 
 

@@ -18,23 +18,23 @@ from typing import Any, TypeAlias, cast
 from uuid import uuid4
 
 from arq.connections import ArqRedis
-from arq.utils import timestamp_ms
-from arq.worker import Function, Worker
+from arq.worker import Function, Retry, RetryJob, Worker
 from redis.exceptions import RedisError, ResponseError
 
 from deltafan._background import background
 from deltafan._keys import Keys
 from deltafan._lua import load
+from deltafan_worker._arq_job import UNRUNNABLE, ArqJob
 from deltafan_worker._claim import Claim, Leave, claims_of
 from deltafan_worker._interrupt import Reason
 from deltafan_worker._lanes import Pass, Shares, Slots
 from deltafan_worker._leaving import Leaving
-from deltafan_worker._limits import FleetLimits, Lot
+from deltafan_worker._limits import FleetLimits
 from deltafan_worker._queue_pool import MAX_CONNECTIONS, run_script
 from deltafan_worker.serialization import deserialize, serialize
 
-OnUnrun: TypeAlias = Callable[[Claim, Any], Awaitable[None]]
-"""Called with the claim and arq's outcome (an exception) of a job that arq ends without calling its function."""
+OnUnrun: TypeAlias = Callable[[Claim, Exception], Awaitable[None]]
+"""Called with the claim of a job whose function can not be called, and why."""
 
 log = logging.getLogger("deltafan.worker")
 
@@ -49,8 +49,6 @@ _LAST_CLAIM_S = 1.0
 HAND_OVER_S = 10.0
 """How long the hand-over of the jobs left after draining may take."""
 _RETRY_PAUSE_S = 0.2
-_FOREVER_S = 10 * 366 * 86_400
-_ENDLESS_TRIES = 2**31
 
 _BEAT = load("beat", "deltafan_worker", using=())
 _CLAIM = load("claim", "deltafan_worker", using=("limits",))
@@ -100,10 +98,6 @@ class LeasedWorker(Worker):
             queue_name=options.queues[0],
             max_jobs=options.concurrency,
             burst=options.burst,
-            # The lease bounds a run and `begin` counts the runs: arq's own limits stay out of the way.
-            job_timeout=_FOREVER_S,
-            max_tries=_ENDLESS_TRIES,
-            allow_abort_jobs=False,  # arq forgets an abort before it is done; claims and heartbeats report it
             handle_signals=False,
             job_serializer=serialize,
             job_deserializer=deserialize,
@@ -164,7 +158,7 @@ class LeasedWorker(Worker):
         self._slot_freed.clear()
         room = self.max_jobs - len(self.tasks)
         try:
-            # Each begins with a question to the queue: with more at once the heartbeat would stand in line behind them.
+            # Many begin with questions to the queue: with more at once the heartbeat would stand in line behind them.
             if room > 0 and await self._claim(min(room, MAX_CONNECTIONS)):
                 return False
             self._is_well()
@@ -208,6 +202,7 @@ class LeasedWorker(Worker):
         self._runs[claim.job_id] = claim  # until then the last run's claim was
         if claim.pending is Reason.ABORTED:
             self.aborting_tasks.add(claim.job_id)
+            self._interrupt(claim, claim.pending)
         try:
             await self.run_job(claim.job_id, int(float(claim.score)))
         except (RedisError, OSError) as error:
@@ -331,51 +326,54 @@ class LeasedWorker(Worker):
         if late:
             await asyncio.wait(late, timeout=1.0)
 
-    async def finish_job(
-        self,
-        job_id: str,
-        finish: bool,  # noqa: FBT001  arq's signature
-        result_data: bytes | None,
-        result_timeout_s: float | None,
-        keep_result_forever: bool,  # noqa: FBT001
-        incr_score: int | None,
-        keep_in_progress: float | None,  # noqa: ARG002  for arq's cron jobs
-    ) -> None:
-        """Called by arq when a job's function has ended: tell the queue, through any outage."""
+    async def run_job(self, job_id: str, score: int) -> None:  # noqa: ARG002  arq's signature
+        """Call a claimed job's function, then leave the queue as that and the claim say."""
         claim = self._runs[job_id]
-        if finish and claim.leave is Leave.FINISH:
-            ttl_ms = 0 if keep_result_forever else int((result_timeout_s or 0) * 1000)
-            await self._leaving.close(claim, result_data, ttl_ms)
-        elif claim.leave is Leave.PARK and claim.lot is not None:
-            await self._park(claim, claim.lot)
+        job = ArqJob(claim)
+        try:
+            function = job.read(self.functions)
+        except UNRUNNABLE as error:
+            log.warning("job %s: %s", job_id, error)
+            if self._on_unrun is not None:
+                await self._on_unrun(claim, error)
+            self.jobs_failed += 1
+            await self._leave(claim, job.result(error, success=False), self.keep_result_s)
+            return
+        try:
+            outcome, success = await job.call(function, self.ctx, self.job_tasks), True
+        except (Retry, RetryJob) as error:
+            self.jobs_retried += 1
+            await self._give_back(claim, getattr(error, "defer_score", None) or claim.release_delay_ms)
+            return
+        except asyncio.CancelledError as error:
+            if job_id not in self.aborting_tasks:
+                self.jobs_retried += 1
+                await self._give_back(claim, claim.release_delay_ms)
+                return
+            outcome, success = error, False
+        except Exception as error:
+            log.exception("job %s: its function failed", job_id)
+            outcome, success = error, False
+        self.jobs_complete += success
+        self.jobs_failed += not success
+        keep_s = self.keep_result_s if function.keep_result_s is None else function.keep_result_s
+        await self._leave(claim, job.result(outcome, success=success), keep_s)
+
+    async def _leave(self, claim: Claim, result: bytes | None, keep_result_s: float) -> None:
+        """Leave the queue as the claim says, through any outage."""
+        if claim.leave is Leave.FINISH:
+            await self._leaving.close(claim, result if keep_result_s else None, int(keep_result_s * 1000))
         else:
-            # arq gives the delay of a Retry as a shift of the job's score.
-            score = int(float(claim.score))
-            delay_ms = max(0, score + incr_score - timestamp_ms()) if incr_score else claim.release_delay_ms
-            await self._stop_renewing(claim)
-            await self._leaving.release(claim, delay_ms)
+            await self._give_back(claim, claim.release_delay_ms)
 
-    async def finish_failed_job(self, job_id: str, result_data: bytes | None) -> None:
-        """Called by arq when it ends a job without calling its function."""
-        claim = self._runs[job_id]
-        if self._on_unrun is not None:
-            outcome = deserialize(result_data)["r"] if result_data else None
-            await self._on_unrun(claim, outcome)
-        await self.finish_job(
-            job_id,
-            finish=True,
-            result_data=result_data,
-            result_timeout_s=self.keep_result_s,
-            keep_result_forever=False,
-            incr_score=None,
-            keep_in_progress=None,
-        )
-
-    async def _park(self, claim: Claim, lot: Lot) -> None:
+    async def _give_back(self, claim: Claim, delay_ms: int) -> None:
         await self._stop_renewing(claim)
-        await self.limits.park(
-            lot, claim.queue, token=claim.token, job_id=claim.job_id, score=claim.score, due_ms=claim.due_ms
-        )
+        if claim.leave is Leave.PARK and claim.lot is not None:
+            await self.limits.park(
+                claim.lot, claim.queue, token=claim.token, job_id=claim.job_id, score=claim.score, due_ms=claim.due_ms
+            )
+        else:
+            await self._leaving.release(claim, delay_ms)
 
     async def _stop_renewing(self, claim: Claim) -> None:
         claim.renewed = False

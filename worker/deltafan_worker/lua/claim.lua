@@ -3,13 +3,16 @@
 -- workers for a moment, which may just have been unable to renew their leases), 7 index of the queue whose jobs are
 -- urgent (0 none), 8.. (queue index, how many of it in all so far) for each pass, in order
 -- Returns {ms until the next job may be due or -1, {id, queue index, score, claim number, 1 when its abort was requested,
--- group whose limits count it, tokens, grant, or '', …}, {for each queue 1 when due jobs are left}, second,
+-- arq's record or nil, group whose limits count it, tokens, grant, or '', …}, {for each queue 1 when due jobs are left}, second,
 -- 1 when some provider has asked for less}
+-- The record comes with the claim, so that both are the same server's: the name may lead to another one meanwhile.
 -- The in-progress key is the lock; the score is a hint that takes a running job off the head of the queue and
 -- makes it due again by itself when its lease ends.  Times are scores of the jobs that were due before: their leases
 -- ended, or they were given back.  They go first.  What is smaller than any time is a place in a fair queue.
+-- Large records are claimed in portions: the server does nothing else meanwhile.
+local PORTION_BYTES = 1048576
 local STEP_BACK_MS = 70000
-local lease_ms, want, taken, total, counts = tonumber(ARGV[4]), tonumber(ARGV[5]), {}, 0, {}
+local lease_ms, want, taken, total, counts, bytes = tonumber(ARGV[4]), tonumber(ARGV[5]), {}, 0, {}, 0
 
 local function lock(index, id, score, group)
   local in_progress = 'arq:in-progress:' .. id
@@ -28,22 +31,25 @@ local function lock(index, id, score, group)
     redis.call('SET', in_progress, ARGV[3] .. ':' .. number, 'PX', lease_ms)
     redis.call('ZADD', KEYS[index], 'XX', digits(NOW + lease_ms), id)
     local aborted = redis.call('ZSCORE', 'arq:abort', id) and 1 or 0
-    for _, value in ipairs({ id, index, score, number, aborted, group }) do taken[#taken + 1] = value end
-    counts[index], total = counts[index] + 1, total + 1
+    local record = redis.call('GET', 'arq:job:' .. id)
+    for _, value in ipairs({ id, index, score, number, aborted, record, group }) do taken[#taken + 1] = value end
+    counts[index], total, bytes = counts[index] + 1, total + 1, bytes + #(record or '')
     return true
   end
   return false
 end
 
 local function room(index, most)
-  return math.min(most - counts[index], want - total)
+  return bytes < PORTION_BYTES and math.min(most - counts[index], want - total) or 0
 end
 
 local function from_range(index, most, low, high)
   while room(index, most) > 0 do
     local due = redis.call('ZRANGEBYSCORE', KEYS[index], low, high, 'WITHSCORES', 'LIMIT', 0, room(index, most))
     if #due == 0 then return end
-    for i = 1, #due, 2 do lock(index, due[i], due[i + 1], '') end
+    for i = 1, #due, 2 do
+      if room(index, most) > 0 then lock(index, due[i], due[i + 1], '') end
+    end
   end
 end
 
