@@ -115,7 +115,9 @@ class HttpCall:
 
 def generating(route: Route, body: Mapping[str, Any]) -> HttpCall:
     """The call that begins an answer."""
-    return HttpCall("POST", route.url, _headers(route), orjson.dumps(APIS[route.api].body(route, body)))
+    data = orjson.dumps(APIS[route.api].body(route, body))
+    # Copied: it stays as long as the answer lasts, and orjson's own bytes keep the 4 KiB that they were written in.
+    return HttpCall("POST", route.url, _headers(route), bytes(memoryview(data)))
 
 
 def listening(route: Route, response_id: str, after: int) -> HttpCall:
