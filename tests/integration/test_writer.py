@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from datetime import timedelta
 from functools import partial
 
@@ -10,6 +10,8 @@ import pytest
 from redis.asyncio import Redis
 
 from deltafan import Producer, Retention
+from deltafan._resp import Handler, RespConnection
+from deltafan_worker import _publisher
 from deltafan_worker._interrupt import Interrupt
 from deltafan_worker._publisher import Publisher
 from deltafan_worker._writer import Begun, Ended, NotOurs, RunLimits, Sealed, StreamWriter
@@ -30,6 +32,47 @@ async def publisher(redis_url: str) -> AsyncIterator[Publisher]:
 async def texts(redis: Redis, writer: StreamWriter) -> list[str]:
     entries = await redis.xrange(writer.events_key)
     return [fields[b"data"].decode() for _, fields in entries if fields[b"type"] == b"content"]
+
+
+async def test_what_many_streams_have_goes_out_in_flushes_of_a_bounded_size(
+    redis: Redis, publisher: Publisher, producer: Producer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers = [await begun(publisher, producer, f"j{number}") for number in range(9)]
+    sent: list[bytes] = []
+    send = RespConnection.send
+
+    def noting(connection: RespConnection, data: bytes, handlers: Iterable[Handler]) -> None:
+        sent.append(data)
+        send(connection, data, handlers)
+
+    monkeypatch.setattr(RespConnection, "send", noting)
+    for writer in writers:
+        say(writer, "x" * 100_000)
+
+    async def are_there() -> bool:
+        return all([len(await texts(redis, writer)) == 1 for writer in writers])
+
+    await wait_until(are_there, "all of it is written")
+    flushes = [[n for n in range(9) if b"{j%d}" % n in data] for data in sent if b"XADD" in data]
+    assert flushes == [[0], [1, 2, 3], [4, 5, 6], [7, 8]], "in the order in which they came"
+
+
+async def test_a_connection_that_is_lost_with_many_flushes_to_come_gives_them_to_the_next(
+    redis: Redis, valkey: Valkey, producer: Producer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_publisher, "_FLUSH_BYTES", 1)
+    async with tcp_proxy(valkey.port) as proxy, publishing(proxy.url) as publisher:
+        writers = [await begun(publisher, producer, f"j{number}") for number in range(500)]
+        proxy.pause()
+        for writer in writers:
+            say(writer, "Hello")
+        proxy.cut()
+        proxy.resume()
+
+        async def are_there() -> bool:
+            return all([await redis.xlen(writer.events_key) == 2 for writer in writers])
+
+        await wait_until(are_there, "all of it is written")
 
 
 async def test_a_missing_replica_holds_up_nobody_else(redis: Redis, redis_url: str, producer: Producer) -> None:

@@ -32,6 +32,8 @@ from deltafan_worker._writer import StreamWriter
 log = logging.getLogger("deltafan.publisher")
 
 _RETRY_PAUSE_S = 0.2
+_FLUSH_BYTES = 262_144
+"""Of many streams at once, about so much goes out in one write: whatever a process once held, it keeps."""
 _SLOWEST_LINK_BYTES_PER_S = 500_000
 """A heartbeat behind a large output is answered when that has arrived."""
 
@@ -49,7 +51,7 @@ class Publisher:
         self._connection: RespConnection | None = None
         self._connected = asyncio.Event()
         self._writers: set[StreamWriter] = set()
-        self._waiting: set[StreamWriter] = set()
+        self._waiting: dict[StreamWriter, None] = {}
         self._unanswered = 0
         self._taken_bytes = 0
         self._tasks: asyncio.TaskGroup
@@ -61,18 +63,18 @@ class Publisher:
     def remove(self, writer: StreamWriter) -> None:
         """Stop looking after it."""
         self._writers.discard(writer)
-        self._waiting.discard(writer)
+        self._waiting.pop(writer, None)
 
     def flush_soon(self, writer: StreamWriter) -> None:
         """Send what the writer has: now, or together with what others have when the last flush is answered."""
-        self._waiting.add(writer)
+        self._waiting[writer] = None
         if self._unanswered == 0:
-            self._flush_waiting()
+            self._send(self._waiting)
 
     def flush(self, writer: StreamWriter) -> None:
         """Send what the writer has now, ahead of whatever is sent next."""
-        self._waiting.discard(writer)
-        self._send((writer,))
+        self._waiting.pop(writer, None)
+        self._send({writer: None})
 
     def heal_soon(self, writer: StreamWriter, *, pause: bool = False) -> None:
         """Start the writer's healing, at once or, where the server refuses everybody, after a moment."""
@@ -206,31 +208,32 @@ class Publisher:
 
         return check
 
-    def _flush_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, set()
-        self._send(waiting)
-
-    def _send(self, writers: "set[StreamWriter] | tuple[StreamWriter, ...]") -> None:
+    def _send(self, writers: dict[StreamWriter, None]) -> None:
+        """Send what they have, in their order and up to a flush's size; those whose turn has come are taken out."""
         if self._connection is None:
             return
         commands: list[bytes] = []
         handlers: list[Handler] = []
-        for writer in writers:
+        size_bytes = 0
+        while writers and size_bytes < _FLUSH_BYTES:
+            writer = next(iter(writers))
+            del writers[writer]
             appends = writer.unsent()
             if appends:
                 commands += appends
                 handlers += [writer.on_append] * len(appends)
                 commands.append(writer.ring)
                 handlers.append(ignore)
+                size_bytes += sum(map(len, appends))
         if commands:
             handlers[-1] = self._on_answered
             self._unanswered += 1
             self._connection.send(b"".join(commands), handlers)
 
-    def _on_answered(self, _reply: Reply) -> None:
+    def _on_answered(self, reply: Reply) -> None:
         self._unanswered -= 1
-        if self._unanswered == 0 and self._waiting:
-            self._flush_waiting()
+        if self._unanswered == 0 and not isinstance(reply, ConnectionLost):
+            self._send(self._waiting)
 
 
 async def _heal(writer: StreamWriter, pause_s: float) -> None:
