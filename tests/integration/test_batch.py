@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from deltafan import Consumer, InvalidRequest, Job, JobFailed, JobNotFound, Producer, RedisUnavailable
+from deltafan import Consumer, InvalidRequest, Job, JobCancelled, JobFailed, JobNotFound, Producer, RedisUnavailable
 from deltafan.batch import Batch, Row
 from deltafan.batch._files import job_id_of
 from deltafan.testing import Answer, Refuse, ScriptedUpstream, Text
@@ -212,6 +212,70 @@ async def test_what_is_submitted_while_the_batch_is_withdrawn_is_taken_back_too(
     monkeypatch.setattr(producer, "submit_many", slow)
     assert await asyncio.wait_for(endings(batch, rows(3)), 10) == {}
     assert await producer.cancel(job_id_of("b", "r0", 0)) == "ended"
+
+
+async def test_what_another_runner_withdraws_gets_its_next_try_and_none_once_this_one_stops(
+    producer: Producer, consumer: Consumer, env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    first, second, third = (Batch(producer, consumer, batch_id="b") for _ in range(3))
+    async with asyncio.TaskGroup() as tasks:
+        runs = [tasks.create_task(endings(batch, rows(20))) for batch in (first, second, third)]
+        await wait_until(lambda: all(len(batch.in_flight) == 20 for batch in (first, second, third)), "all wait")
+        third.stop()
+        await first.withdraw()
+        await wait_until(lambda: job_id_of("b", "r19", 1) in second.in_flight, "it goes on with them")
+        async with running_worker(env):
+            assert await runs[1] == {f"r{n}": True for n in range(20)}
+    assert runs[0].result() == runs[2].result() == {}
+    assert (second.in_flight, third.in_flight, len(upstream.requests)) == ({}, {}, 20)
+
+
+async def test_a_next_try_that_is_submitted_while_the_batch_is_withdrawn_is_taken_back_too(
+    producer: Producer, consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (Batch(producer, consumer, batch_id="b") for _ in range(2))
+    submit_many = producer.submit_many
+
+    async def slow(requests: Any) -> Any:
+        await second.withdraw()
+        return await submit_many(requests)
+
+    async with asyncio.TaskGroup() as tasks:
+        runs = [tasks.create_task(endings(batch, rows(1))) for batch in (first, second)]
+        await wait_until(lambda: first.in_flight and second.in_flight, "both wait")
+        monkeypatch.setattr(producer, "submit_many", slow)
+        await first.withdraw()
+        assert await asyncio.wait_for(runs[1], 10) == {}
+    assert await producer.cancel(job_id_of("b", "r0", 1)) == "ended"
+
+
+async def test_what_is_cancelled_from_elsewhere_before_its_submit_is_known_to_have_arrived_stays_cancelled(
+    producer: Producer,
+    consumer: Consumer,
+    env: dict[str, str],
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    submit_many, arrived = producer.submit_many, asyncio.Event()
+
+    async def losing(requests: Any) -> Any:
+        jobs = await submit_many(requests)
+        if not arrived.is_set():
+            arrived.set()
+            with pytest.raises(JobCancelled):
+                await consumer.result(jobs[0].id, timeout=10)
+            raise RedisUnavailable("redis://here", "the answer was lost")
+        return jobs
+
+    monkeypatch.setattr(producer, "submit_many", losing)
+    await producer.report_batch("b", {"status": "running"}, is_first=True)
+    async with asyncio.TaskGroup() as tasks:
+        run = tasks.create_task(endings(Batch(producer, consumer, batch_id="b"), rows(1)))
+        await arrived.wait()
+        await producer.cancel_batch("b")
+        async with running_worker(env):
+            assert await run == {"r0": False}
+    assert not upstream.requests
 
 
 async def test_rows_that_a_dead_runner_has_left_are_cancelled_by_the_workers(

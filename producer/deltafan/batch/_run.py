@@ -20,7 +20,7 @@ from deltafan import (
     ResultTimeout,
     StreamExpired,
 )
-from deltafan.batch._files import job_id_of
+from deltafan.batch._files import job_id_of, try_of
 from deltafan.batch._outcome import Outcome
 from deltafan.batch._rows import Row
 
@@ -122,7 +122,7 @@ class Batch:
                     continue  # the driver raises what it was
                 outcome = task.result()
                 self.in_flight.pop(outcome.job_id, None)
-                if not (self._withdraws and outcome.generation.cancel_reason == _WITHDRAWN):
+                if not _is_withdrawn(outcome.generation):
                     yield outcome
                 self._untaken -= 1  # not before: the window may depend on what the taker has made of it
                 self._taken.set()
@@ -160,13 +160,7 @@ class Batch:
             if self._stopping:
                 return
             self._untaken += len(portion)
-            jobs = await self._submit(portion)
-            self.in_flight.update(jobs)
-            if self.cancelled:
-                await self.cancel()
-            elif self._withdraws:
-                await self.withdraw()
-            for job in jobs:
+            for job in await self._submit(portion, {row.custom_id: self._tries(row) for row in portion}):
                 yield job
             row = None if row is None else await self._next()
 
@@ -184,8 +178,8 @@ class Batch:
     async def _next(self) -> Row | None:
         return None if self._stopping else await self._arrived.get()
 
-    async def _submit(self, portion: list[Row]) -> list[tuple[str, Row]]:
-        tries = {row.custom_id: self._tries(row) for row in portion}
+    async def _submit(self, portion: list[Row], tries: dict[str, int]) -> list[tuple[str, Row]]:
+        """Put them in flight, each as the first of its tries from there on that has not failed before this run."""
         left, found, is_repeat = portion, [], False
         while left:
             try:
@@ -199,11 +193,16 @@ class Batch:
             except JobConflict as error:
                 raise self._other_row(error, left, tries) from None
             self.held_up = ""
-            again = [row for job, row in zip(jobs, left, strict=True) if _failed_before(job, is_repeat=is_repeat)]
+            again = [row for job, row in zip(jobs, left, strict=True) if _failed_before(job) and not is_repeat]
             for row in again:
                 tries[row.custom_id] += 1
             found += [(job.id, row) for job, row in zip(jobs, left, strict=True) if row not in again]
             left = again
+        self.in_flight.update(found)
+        if self.cancelled:
+            await self.cancel()
+        elif self._withdraws:
+            await self.withdraw()
         return found
 
     def _request(self, row: Row, tries: int) -> dict[str, object]:
@@ -227,27 +226,37 @@ class Batch:
     async def _outcome(self, job_id: str, row: Row) -> Outcome:
         started = time.monotonic()
         while True:
+            generation = await self._end(job_id, row)
+            if self._stopping or not _is_withdrawn(generation):
+                return Outcome(row, job_id, generation, time.monotonic() - started)
+            # An earlier run has withdrawn it, or another runner of the batch: it is free for its next try.
+            ((next_id, _),) = await self._submit([row], {row.custom_id: try_of(job_id) + 1})
+            self.in_flight.pop(job_id, None)
+            job_id = next_id
+
+    async def _end(self, job_id: str, row: Row) -> Generation:
+        while True:
             try:
-                generation = await self._consumer.result(job_id, timeout=_LOOK_S)
+                return await self._consumer.result(job_id, timeout=_LOOK_S)
             except JobEnded as error:
-                generation = error.generation
+                return error.generation
             except (ResultTimeout, RedisUnavailable):
                 continue
             except JobNotFound:  # the server has forgotten it
                 with suppress(RedisUnavailable, QueueFull):
-                    tries = int(job_id.rpartition("-")[2])
-                    await self._producer.submit_many([self._request(row, tries)])
+                    await self._producer.submit_many([self._request(row, try_of(job_id))])
                 await asyncio.sleep(_PAUSE_S)
-                continue
             except StreamExpired:
                 why = Failure("result_expired", "its result was not fetched in time; run it again", retryable=True)
-                generation = Generation(status="failed", failure=why)
-            return Outcome(row, job_id, generation, time.monotonic() - started)
+                return Generation(status="failed", failure=why)
 
 
-def _failed_before(job: Job, *, is_repeat: bool) -> bool:
-    """Whether in an earlier run. What fails while its submit is repeated is this one's, which then cancels nothing."""
-    return not job.created and job.status in ({"cancelled"} if is_repeat else _NO_ANSWER)
+def _failed_before(job: Job) -> bool:
+    return not job.created and job.status in _NO_ANSWER
+
+
+def _is_withdrawn(generation: Generation) -> bool:
+    return generation.cancel_reason == _WITHDRAWN
 
 
 async def _read(rows: Rows, arrived: asyncio.Queue[Row | None]) -> None:
