@@ -1,4 +1,4 @@
-"""Which worker processes are alive, by what they show of themselves. All times are of the server's clock."""
+"""Which worker processes are alive: those whose load has not expired, so nobody's clock matters but the server's."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,6 @@ import orjson
 
 from deltafan._client import RedisClient
 from deltafan._keys import Keys
-from deltafan._resp import pack
 
 SHOWN_S = 15.0
 """How long a process counts as alive after it has shown itself, which it does three times in that span."""
@@ -31,12 +30,7 @@ async def living_workers(redis_url: str, *, prefix: str = "deltafan") -> list[Wo
     """
     keys = Keys(prefix)
     async with RedisClient(redis_url, patience_s=1.0) as client:
-        (seconds, micros), flat = await client.pipeline(
-            [pack("TIME"), pack("ZRANGE", keys.workers, 0, -1, "WITHSCORES")]
-        )
-        since_s = int(seconds) + int(micros) / 1e6 - SHOWN_S
-        shown = zip(flat[::2], flat[1::2], strict=True)
-        names = [name.decode() for name, shown_s in shown if float(shown_s) > since_s]
+        names = [name.decode() for name in await client.call("ZRANGE", keys.workers, 0, -1)]
         loads = await client.call("MGET", *map(keys.worker, names)) if names else []
     return [_worker(name, load) for name, load in zip(names, loads, strict=True) if load is not None]
 

@@ -23,6 +23,9 @@ async def test_who_has_not_shown_himself_lately_is_not_alive_and_is_forgotten_wh
     await redis.zadd("deltafan:workers", {"elsewhere:1": seconds - 20})
     await redis.pexpire("deltafan:workers", 60_000)
     assert await living_workers(redis_url) == []
+    await redis.set("deltafan:worker:elsewhere:1", '{"running": 2, "slots": 3}', ex=60)
+    assert await living_workers(redis_url) == [Worker("elsewhere:1", running=2, slots=3)], "its load alone tells"
+    await redis.delete("deltafan:worker:elsewhere:1")
     me = f"{socket.gethostname()}:{os.getpid()}"
     async with running_worker(settings_env(redis_url, "http://127.0.0.1:1/v1", tmp_path, concurrency=7)):
         await wait_until(lambda: redis.exists(f"deltafan:worker:{me}"), "it shows")
