@@ -198,14 +198,20 @@ class Reporter:
         waits = "Redis can not be reached; waiting"
         with suppress(RedisUnavailable):
             limits = [limit for limit in await self._producer.limits() if self._estimate.uses(limit.name)]
-            quiet = ""
-            if (self._tally.in_flight or self._batch.held_up) and self._tally.quiet_s > UNHEARD_S:
-                quiet = f"no row has ended for {self._tally.quiet_s:,.0f} s: {_present(await self._workers())}"
-            waits = "; ".join(filter(None, (self._batch.held_up, _waits(limits), quiet)))
+            waits = "; ".join(filter(None, (self._batch.held_up, _waits(limits), await self._quiet())))
             fields = {**_fields(self._tally, "running"), "waits": waits}
             if await self._producer.report_batch(self._batch_id, fields):
                 await self._batch.cancel()
         return waits
+
+    async def _quiet(self) -> str:
+        """For how long no row has ended, and who is there, if that can be known."""
+        if not (self._tally.in_flight or self._batch.held_up) or self._tally.quiet_s <= UNHEARD_S:
+            return ""
+        told = f"no row has ended for {self._tally.quiet_s:,.0f} s"
+        with suppress(RedisUnavailable):  # asked over a connection of its own, whose loss must not be the report's
+            told += f": {_present(await self._workers())}"
+        return told
 
 
 def _fields(tally: Tally, status: str) -> dict[str, Any]:

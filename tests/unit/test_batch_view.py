@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from deltafan import Limit, Producer
+from deltafan import Limit, Producer, RedisUnavailable
 from deltafan._workers import Worker
 from deltafan.batch import Row
 from deltafan_cli import _batch
@@ -60,6 +60,7 @@ class Redis:
     def __init__(self, *limits: Limit) -> None:
         self._limits = list(limits)
         self.told: list[Mapping[str, Any]] = []
+        self.looks = 0
 
     async def limits(self) -> list[Limit]:
         return self._limits
@@ -88,8 +89,13 @@ def batch(held_up: str = "") -> Any:
     return SimpleNamespace(held_up=held_up, in_flight={})
 
 
-async def why(redis: Redis, tally: Tally, held_up: str = "", *models: str, workers: Sequence[Worker] = ()) -> str:
+async def why(
+    redis: Redis, tally: Tally, held_up: str = "", *models: str, workers: Sequence[Worker] | None = ()
+) -> str:
     async def living() -> Sequence[Worker]:
+        redis.looks += 1
+        if workers is None:
+            raise RedisUnavailable("redis://here", "no answer within 1 s")
         return workers
 
     estimate = Estimate(Catalogue.load(None))
@@ -128,6 +134,16 @@ async def test_when_nothing_ends_it_tells_who_is_there(monkeypatch: pytest.Monke
     tally.in_flight = 0
     assert await why(Redis(), tally) == ""
     assert await why(Redis(), tally, "the lane is full") == f"the lane is full; {nobody}"
+
+
+async def test_who_is_there_is_asked_only_when_nothing_ends_and_need_not_be_known() -> None:
+    tally = Tally(rows=10, answered_before=0, in_flight=5)
+    redis = Redis(limit("p"))
+    assert await why(redis, tally, workers=None) == ""
+    assert redis.looks == 0
+    tally.last_end_s -= 60
+    told = await why(redis, tally, "", "p/m", workers=None)
+    assert (told, redis.looks) == ("7 wait for the limits of p; no row has ended for 60 s", 1)
 
 
 def test_the_summary_tells_latencies_apart(screen: Console) -> None:
