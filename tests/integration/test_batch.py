@@ -9,8 +9,8 @@ import pytest
 from redis.asyncio import Redis
 
 from deltafan import Consumer, InvalidRequest, Job, JobCancelled, JobFailed, JobNotFound, Producer, RedisUnavailable
-from deltafan.batch import Batch, Row
-from deltafan.batch._files import job_id_of
+from deltafan.batch import Batch, Outcome, Row
+from deltafan.batch._ids import job_id_of
 from deltafan.testing import Answer, Refuse, ScriptedUpstream, Text
 from support.waiting import wait_until
 from support.workers import running_worker
@@ -212,6 +212,33 @@ async def test_what_is_submitted_while_the_batch_is_withdrawn_is_taken_back_too(
     monkeypatch.setattr(producer, "submit_many", slow)
     assert await asyncio.wait_for(endings(batch, rows(3)), 10) == {}
     assert await producer.cancel(job_id_of("b", "r0", 0)) == "ended"
+
+
+async def test_an_outcome_tells_a_later_run_the_number_of_the_next_try_also_when_one_was_withdrawn(
+    producer: Producer,
+    consumer: Consumer,
+    env: dict[str, str],
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def outcome(tries: Callable[[Row], int] | None = None) -> Outcome:
+        batch = Batch(producer, consumer, batch_id="b", tries=tries)
+        (only,) = [outcome async for outcome in batch.run(rows(1))]
+        return only
+
+    first = Batch(producer, consumer, batch_id="b")
+    async with asyncio.TaskGroup() as tasks:
+        run = tasks.create_task(endings(first, rows(1)))
+        await wait_until(lambda: first.in_flight, "it waits")
+        await first.withdraw()
+    assert run.result() == {}
+    upstream.then(NO)
+    async with running_worker(env):
+        failed = await outcome()
+        assert (failed.is_answer, failed.tries) == (False, 2), "the withdrawn try is one of them"
+        _lose_first_submit(producer, monkeypatch)
+        answered = await outcome(lambda _: failed.tries)
+    assert (answered.is_answer, answered.tries, len(upstream.requests)) == (True, 3, 2)
 
 
 async def test_what_another_runner_withdraws_gets_its_next_try_and_none_once_this_one_stops(

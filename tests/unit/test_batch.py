@@ -12,7 +12,7 @@ from openai.types.responses import Response
 
 from deltafan import Failure, Generation, InvalidRequest, ToolCall, UsageRecord
 from deltafan.batch import BadInput, BatchFiles, Outcome, Row, read_rows
-from deltafan.batch._files import job_id_of
+from deltafan.batch._ids import job_id_of
 
 HI = [{"role": "user", "content": "Hi"}]
 OPENAI = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": HI}}

@@ -20,6 +20,7 @@ from typing import IO, Any, Self
 import orjson
 
 from deltafan import InvalidRequest
+from deltafan.batch._ids import is_job_of, tries_up_to
 from deltafan.batch._outcome import LINE_HEAD, TOKENS, Bill, Outcome, bill_of
 from deltafan.batch._rows import BadInput, Row, read_rows
 
@@ -103,7 +104,7 @@ class BatchFiles:
                 yield row
 
     def tries(self, row: Row) -> int:
-        """How often the row has failed, as far as the error file tells."""
+        """The number of the row's next try, as far as the error file tells."""
         ((tries,),) = self._index.execute("SELECT tries FROM row WHERE id = ?", (row.custom_id,))
         return int(tries)
 
@@ -125,7 +126,7 @@ class BatchFiles:
 
     def _note(self, custom_id: str, job_id: str, bill: Bill, *, answered: bool) -> None:
         """Know of a try. The last one's bill holds those before it."""
-        tries = try_of(job_id) + 1
+        tries = tries_up_to(job_id)
         self._index.execute(
             "UPDATE row SET answered = max(answered, ?1), tries = max(tries, ?2),"
             " bill = CASE WHEN billed < ?3 THEN ?4 ELSE bill END, billed = max(billed, ?3) WHERE id = ?5",
@@ -165,7 +166,7 @@ class BatchFiles:
             for line in old:
                 data = orjson.loads(line)
                 query = "SELECT 1 FROM row WHERE id = ? AND NOT answered AND tries = ?"
-                if self._index.execute(query, (data["custom_id"], try_of(data["id"]) + 1)).fetchone():
+                if self._index.execute(query, (data["custom_id"], tries_up_to(data["id"]))).fetchone():
                     new.write(line)
             left_bytes = new.tell()
         if left_bytes:
@@ -183,22 +184,6 @@ def batch_id_of(source: Path, model: str | None) -> str:
         while piece := file.read(_HASH_BYTES):
             digest.update(piece)
     return f"batch-{digest.hexdigest()[:16]}"
-
-
-def job_id_of(batch_id: str, custom_id: str, tries: int) -> str:
-    """The job that answers a row which has failed so often. Job ids hold fewer characters than ids of rows may."""
-    return f"{hashlib.sha256(orjson.dumps([batch_id, custom_id])).hexdigest()[:40]}-{tries}"
-
-
-def is_job_of(batch_id: str, custom_id: str, job_id: str) -> bool:
-    """Whether `job_id_of` gives this id for any number of tries."""
-    tries = job_id.rpartition("-")[2]
-    return tries.isdecimal() and job_id == job_id_of(batch_id, custom_id, int(tries))
-
-
-def try_of(job_id: str) -> int:
-    """Which try at its row a job is; 0 is the first."""
-    return int(job_id.rpartition("-")[2])
 
 
 def _tell_apart(source: Path, output: Sink, errors: Sink) -> None:

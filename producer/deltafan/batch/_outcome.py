@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from deltafan import Generation
+from deltafan.batch._ids import tries_up_to
 from deltafan.batch._rows import Row
 
 Bill = dict[str, float]
@@ -33,6 +34,11 @@ class Outcome:
     def is_answer(self) -> bool:
         """Whether there is a whole answer."""
         return self.generation.status == "completed"
+
+    @property
+    def tries(self) -> int:
+        """How many tries the row has had, withdrawn ones too, which is the number of its next: `Batch(tries=…)`."""
+        return tries_up_to(self.job_id)
 
     @property
     def error_code(self) -> str | None:

@@ -20,7 +20,7 @@ from deltafan import (
     ResultTimeout,
     StreamExpired,
 )
-from deltafan.batch._files import job_id_of, try_of
+from deltafan.batch._ids import job_id_of, tries_up_to
 from deltafan.batch._outcome import Outcome
 from deltafan.batch._rows import Row
 
@@ -39,8 +39,8 @@ Ends = asyncio.Queue["asyncio.Task[Outcome] | None"]
 class Batch:
     """Runs rows through the batch lane. One instance for one run.
 
-    A row's job has an id of its batch, its `custom_id` and its tries: run again, an answer that is there is taken, and
-    what has failed before this run is tried once more.
+    A row's job has an id of its batch, its `custom_id` and the number of its try: run again, an answer that is there is
+    taken, and what has failed before this run is tried once more.
     """
 
     def __init__(
@@ -58,7 +58,8 @@ class Batch:
         A window of 0 starts nothing for as long as it is so, and ends the run once nothing is in flight: there is then
         nothing left that could open it again.
 
-        `tries` tells how often a row has failed in earlier runs, if that is known; else the server is asked.
+        `tries` tells how many tries a row has had in earlier runs, withdrawn ones too, which is the number of its
+        next: `Outcome.tries` of its last outcome. From that try on the server is asked, as it is for all by default.
         """
         self._producer = producer
         self._consumer = consumer
@@ -230,7 +231,7 @@ class Batch:
             if self._stopping or not _is_withdrawn(generation):
                 return Outcome(row, job_id, generation, time.monotonic() - started)
             # An earlier run has withdrawn it, or another runner of the batch: it is free for its next try.
-            ((next_id, _),) = await self._submit([row], {row.custom_id: try_of(job_id) + 1})
+            ((next_id, _),) = await self._submit([row], {row.custom_id: tries_up_to(job_id)})
             self.in_flight.pop(job_id, None)
             job_id = next_id
 
@@ -244,7 +245,7 @@ class Batch:
                 continue
             except JobNotFound:  # the server has forgotten it
                 with suppress(RedisUnavailable, QueueFull):
-                    await self._producer.submit_many([self._request(row, try_of(job_id))])
+                    await self._producer.submit_many([self._request(row, tries_up_to(job_id) - 1)])
                 await asyncio.sleep(_PAUSE_S)
             except StreamExpired:
                 why = Failure("result_expired", "its result was not fetched in time; run it again", retryable=True)
