@@ -250,19 +250,26 @@ class Producer:
         await self._streams.call("PUBLISH", self._keys.cancels, job_id)
         return "cancelled" if answer[0] == b"CANCELLED" else "requested"
 
-    async def cancel_waiting(self, job_ids: Iterable[str], *, reason: str = "requested") -> None:
-        """End those of these jobs for which no model was ever called, so that none will be; leave the others alone.
+    async def cancel_waiting(self, job_ids: Iterable[str], *, reason: str = "requested") -> list[str]:
+        """End those of these jobs that no worker has ever begun, so that no model is called. Returns the ids of those.
 
-        One round trip for every few hundred jobs; repeating it is harmless.
+        The others are left alone: what was begun, also when it waits again; what has ended; what nothing is known of,
+        which is so of a job of arq's own client until a worker begins it (`cancel` ends that too).
+
+        One round trip for every few hundred jobs. Repeating it is harmless, but what had ended by then is not among
+        the ids: nor is a job of which this call was itself repeated, because the connection broke before the answer.
 
         Raises:
             InvalidRequest: an id or `reason` is not fit to be one.
             RedisUnavailable: the server can not be reached; some of them may have been cancelled.
         """
         args = (check_reason(reason), self._retention.live_ms, *self._retention.ended_ms, "", 1)
-        calls = iter([(self._keys.job(check_job_id(job_id)), args) for job_id in job_ids])
-        while portion := list(islice(calls, CHUNK)):
-            await self._streams.run_durably(load("cancel"), portion)
+        ids, ended = iter([check_job_id(job_id) for job_id in job_ids]), list[str]()
+        while portion := list(islice(ids, CHUNK)):
+            calls = [(self._keys.job(job_id), args) for job_id in portion]
+            answers = await self._streams.run_durably(load("cancel"), calls)
+            ended += [job_id for job_id, answer in zip(portion, answers, strict=True) if answer[0] == b"CANCELLED"]
+        return ended
 
     async def report_batch(self, batch_id: str, progress: Mapping[str, Any], *, is_first: bool = False) -> bool:
         """Let other machines see how far a batch is (`batches`). Returns whether its end was asked for.

@@ -85,6 +85,15 @@ async def test_ours_runs_a_job_that_a_stock_client_enqueued(
     assert await job.status() is JobStatus.complete
 
 
+async def test_a_stock_clients_job_that_nobody_has_begun_is_ended_by_cancel_alone(
+    producer: Producer, arq: ArqRedis
+) -> None:
+    job = await arq.enqueue_job(FUNCTION, model="sim", messages=HI)
+    assert job is not None
+    assert await producer.cancel_waiting([job.job_id]) == []
+    assert await producer.cancel(job.job_id) == "cancelled"
+
+
 async def test_status_and_result_of_our_jobs(
     producer: Producer, arq: ArqRedis, env: dict[str, str], upstream: ScriptedUpstream
 ) -> None:

@@ -70,12 +70,14 @@ async def test_of_what_waits_alone_leaves_what_was_ever_begun(
     async with running_worker(env) as worker:
         handed_over = await producer.submit(model="sim", messages=HI)
         await wait_until(lambda: upstream.requests, "the model is called")
-        await producer.cancel_waiting([handed_over.id])
+        assert await producer.cancel_waiting([handed_over.id]) == []
         worker.drain()
         worker.drain()
         await wait_until(lambda: not worker.tasks, "it is given to others")
     fresh = await producer.submit(model="sim", messages=HI)
-    await producer.cancel_waiting([handed_over.id, fresh.id, "unknown"], reason="enough")
+    asked = [handed_over.id, fresh.id, "unknown"]
+    assert await producer.cancel_waiting(asked, reason="enough") == [fresh.id]
+    assert await producer.cancel_waiting(asked) == [], "what has ended has ended"
     with pytest.raises(JobCancelled, match="enough"):
         await consumer.result(fresh.id, timeout=5)
     async with running_worker(env):
