@@ -96,14 +96,27 @@ def usual_port(port: int) -> Iterator[int]:
     Held by a lock: to look whether a port is free and to bind it later, some servers after seconds and beside another
     that listens already, would give one port to two that start at once.
     """
-    path = Path(tempfile.gettempdir(), f"deltafan-{os.getuid()}-{port}.lock")
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield 0
-        else:
-            yield port if _is_free(port) else 0
+    lock = _lock(f"deltafan-{os.getuid()}-{port}.lock")
+    try:
+        yield port if lock is not None and _is_free(port) else 0
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(name: str) -> int | None:
+    """A lock among the temporary files, held until it is closed; None where that is another's."""
+    lock = None
+    try:
+        # The name can be guessed: whatever else it leads to is neither followed nor emptied.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock = os.open(Path(tempfile.gettempdir(), name), flags, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if lock is not None:
+            os.close(lock)
+        return None
+    return lock
 
 
 def _is_free(port: int) -> bool:

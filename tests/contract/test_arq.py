@@ -48,7 +48,10 @@ def handle(arq: ArqRedis, job_id: str) -> ArqJob:
     return ArqJob(job_id, arq, _queue_name=QUEUE, _deserializer=deserialize)
 
 
-async def test_a_stock_worker_runs_a_job_that_producer_enqueued(producer: Producer, arq: ArqRedis) -> None:
+async def test_a_stock_worker_runs_a_job_that_producer_enqueued(
+    producer: Producer, arq: ArqRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     seen: dict[str, Any] = {}
 
     async def generate(ctx: dict[Any, Any], **fields: Any) -> str:
@@ -72,6 +75,8 @@ async def test_a_stock_worker_runs_a_job_that_producer_enqueued(producer: Produc
     assert seen["body"] == {"messages": HI}
     assert await handle(arq, job.id).result(timeout=5) == "ran"
     await arq.delete(f"{QUEUE}:health-check")
+    assert f"{job.id}:{FUNCTION}(" in caplog.text, "it logs the arguments"
+    assert "role" not in caplog.text, "but not the prompt"
 
 
 async def test_ours_runs_a_job_that_a_stock_client_enqueued(

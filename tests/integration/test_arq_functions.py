@@ -147,14 +147,45 @@ async def test_a_function_that_hears_a_cancel_may_still_wait_with_a_timeout(arq:
     assert await job.status() in (JobStatus.queued, JobStatus.deferred)
 
 
-async def test_no_result_is_kept_where_none_is_wanted(arq: ArqRedis, redis: Redis) -> None:
+@pytest.mark.immortal_keys("a result that is to be kept for ever")
+@pytest.mark.parametrize(
+    ("options", "lowest_ms", "highest_ms"),
+    [
+        ({"keep_result": 0}, -2, -2),
+        ({"keep_result": 0.0005}, -2, -2),
+        ({"keep_result": 60}, 50_000, 60_000),
+        ({}, 3_500_000, 3_600_000),
+        ({"keep_result_forever": True}, -1, -1),
+    ],
+)
+async def test_a_result_is_kept_as_long_as_its_function_wants(
+    arq: ArqRedis, redis: Redis, options: dict[str, Any], lowest_ms: int, highest_ms: int
+) -> None:
+    """-1 and -2 are Redis's answers for a key without an end, and for no key."""
+
     async def f(_ctx: dict[Any, Any]) -> int:
         return 1
 
     job = await enqueued(arq)
-    async with worker_of(arq, f, keep_result=0) as worker:
+    async with worker_of(arq, f, **options) as worker:
         await wait_until(lambda: worker.jobs_complete and not worker.tasks, "it has run")
-    assert not await redis.exists(f"arq:result:{job.job_id}", f"arq:job:{job.job_id}", f"arq:in-progress:{job.job_id}")
+    assert lowest_ms <= await redis.pttl(f"arq:result:{job.job_id}") <= highest_ms
+    assert not await redis.exists(f"arq:job:{job.job_id}", f"arq:in-progress:{job.job_id}")
+
+
+async def test_a_function_is_called_no_more_often_than_it_wants(arq: ArqRedis) -> None:
+    calls = 0
+
+    async def f(_ctx: dict[Any, Any]) -> None:
+        nonlocal calls
+        calls += 1
+        raise RetryJob
+
+    job = await enqueued(arq)
+    async with worker_of(arq, f, max_tries=2):
+        with pytest.raises(JobExecutionFailed, match="max 2 retries exceeded"):
+            await outcome(job)
+    assert calls == 2
 
 
 @pytest.mark.parametrize(

@@ -57,10 +57,10 @@ class Limits:
         _, flat, self.left, *_ = self._run("claim", (QUEUE,), "process", 5000, room, int(cautious), 0, 1, room)
         return [raw.decode() for raw in flat[::7]]
 
-    def enqueue(self, job: str, tenant: str) -> float:
+    def enqueue(self, job: str, tenant: str, record_bytes: int = 2) -> float:
         script = load("enqueue_only", using=("enqueue",))
         keys = (f"arq:job:{job}", f"arq:in-progress:{job}", f"arq:result:{job}", QUEUE, f"{QUEUE}:bell")
-        self.client.eval(script.source, 5, *keys, job, "{}", 60_000, 0, 1, tenant, "")
+        self.client.eval(script.source, 5, *keys, job, "x" * record_bytes, 60_000, 0, 1, tenant, "")
         return float(self.client.zscore(QUEUE, job))
 
     def tokens(self) -> int:
@@ -186,13 +186,15 @@ def test_a_job_that_steps_back_again_keeps_its_place(limits: Limits) -> None:
     assert limits.client.zscore(LOT, "j") == 3
 
 
-def test_those_in_line_leave_half_of_the_room_to_the_others(limits: Limits) -> None:
+@pytest.mark.parametrize(("record_bytes", "room"), [(2, 4), (300_000, 8)], ids=["small", "large"])
+def test_those_in_line_leave_half_of_the_room_to_the_others(limits: Limits, record_bytes: int, room: int) -> None:
+    """Of the slots where jobs are small, of a claim's bytes where they are large."""
     for number in range(8):
-        limits.enqueue(f"waits-{number}", "a")
+        limits.enqueue(f"waits-{number}", "a", record_bytes)
         limits.park(f"waits-{number}", number + 2)
     for number in range(8):
-        limits.enqueue(f"new-{number}", "b")
-    taken = limits.claim(4)
+        limits.enqueue(f"new-{number}", "b", record_bytes)
+    taken = limits.claim(room)
     assert sorted(name.split("-")[0] for name in taken) == ["new", "new", "waits", "waits"]
 
 

@@ -96,6 +96,15 @@ def test_a_usual_port_is_given_to_one_at_a_time() -> None:
         assert given == port, "given back"
 
 
+def test_a_lock_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / f"deltafan-{os.getuid()}-1.lock").symlink_to(tmp_path / "victim")
+    with usual_port(1) as given:
+        assert given == 0
+    assert (tmp_path / "victim").read_text() == "kept"
+
+
 def test_two_embedded_valkeys_have_two_ports() -> None:
     with embedded_valkey() as url, embedded_valkey() as another:
         assert server_of(url) != server_of(another)

@@ -31,7 +31,7 @@ class ArqJob:
         """Take the record from the claim; the function that it calls.
 
         Raises:
-            JobExecutionFailed: there is no record, or no such function.
+            JobExecutionFailed: there is no record, no such function, or it has been called as often as it may be.
             SerializationError: the record can not be read.
         """
         record, self._claim.record = self._claim.record, None
@@ -40,10 +40,12 @@ class ArqJob:
         fields = deserialize_job_raw(record, deserializer=deserialize)
         self._name, self._args, self._kwargs, first_try, self._enqueued_ms = fields
         self._try += max(0, (first_try or 1) - 1)
-        try:
-            return cast(Function, functions[self._name])
-        except KeyError:
-            raise JobExecutionFailed(f"function {self._name!r} not found") from None
+        function = cast(Function | None, functions.get(self._name))
+        if function is None:
+            raise JobExecutionFailed(f"function {self._name!r} not found")
+        if function.max_tries is not None and self._try > function.max_tries:
+            raise JobExecutionFailed(f"max {function.max_tries} retries exceeded")
+        return function
 
     async def call(self, function: Function, shared: Mapping[Any, Any], running: dict[str, asyncio.Task[Any]]) -> Any:
         """Call it, in this very task, which is among `running` meanwhile; a cancel of that ends with the call."""
@@ -56,11 +58,10 @@ class ArqJob:
             "enqueue_time": ms_to_datetime(self._enqueued_ms),
             "score": int(float(claim.score)),
         }
-        args, kwargs, self._args, self._kwargs = self._args, self._kwargs, (), {}
         running[claim.job_id] = task
         try:
             async with asyncio.timeout(function.timeout_s):
-                return await function.coroutine(context, *args, **kwargs)
+                return await function.coroutine(context, *self._args, **self._kwargs)
         finally:
             del running[claim.job_id]
             while task.cancelling():

@@ -28,7 +28,7 @@ from deltafan_worker._arq_job import UNRUNNABLE, ArqJob
 from deltafan_worker._claim import Claim, Leave, claims_of
 from deltafan_worker._interrupt import Reason
 from deltafan_worker._lanes import Pass, Shares, Slots
-from deltafan_worker._leaving import Leaving
+from deltafan_worker._leaving import KEEP_FOR_EVER, Leaving
 from deltafan_worker._limits import FleetLimits
 from deltafan_worker._queue_pool import MAX_CONNECTIONS, run_script
 from deltafan_worker.serialization import deserialize, serialize
@@ -202,6 +202,7 @@ class LeasedWorker(Worker):
         self._runs[claim.job_id] = claim  # until then the last run's claim was
         if claim.pending is Reason.ABORTED:
             self.aborting_tasks.add(claim.job_id)
+        if claim.pending is not None:
             self._interrupt(claim, claim.pending)
         try:
             await self.run_job(claim.job_id, int(float(claim.score)))
@@ -333,11 +334,11 @@ class LeasedWorker(Worker):
         try:
             function = job.read(self.functions)
         except UNRUNNABLE as error:
-            log.warning("job %s: %s", job_id, error)
+            log.warning("job %s: %s", job_id, error if error.__cause__ is None else f"{error} ({error.__cause__})")
             if self._on_unrun is not None:
                 await self._on_unrun(claim, error)
             self.jobs_failed += 1
-            await self._leave(claim, job.result(error, success=False), self.keep_result_s)
+            await self._leave(claim, job.result(error, success=False), int(self.keep_result_s * 1000))
             return
         try:
             outcome, success = await job.call(function, self.ctx, self.job_tasks), True
@@ -357,12 +358,13 @@ class LeasedWorker(Worker):
         self.jobs_complete += success
         self.jobs_failed += not success
         keep_s = self.keep_result_s if function.keep_result_s is None else function.keep_result_s
-        await self._leave(claim, job.result(outcome, success=success), keep_s)
+        keep_ms = KEEP_FOR_EVER if function.keep_result_forever else int(keep_s * 1000)
+        await self._leave(claim, job.result(outcome, success=success), keep_ms)
 
-    async def _leave(self, claim: Claim, result: bytes | None, keep_result_s: float) -> None:
+    async def _leave(self, claim: Claim, result: bytes | None, keep_result_ms: int) -> None:
         """Leave the queue as the claim says, through any outage."""
         if claim.leave is Leave.FINISH:
-            await self._leaving.close(claim, result if keep_result_s else None, int(keep_result_s * 1000))
+            await self._leaving.close(claim, result, keep_result_ms)
         else:
             await self._give_back(claim, claim.release_delay_ms)
 

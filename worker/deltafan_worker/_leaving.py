@@ -16,6 +16,7 @@ from deltafan_worker._queue_pool import run_script
 
 log = logging.getLogger("deltafan.worker")
 
+KEEP_FOR_EVER = -1
 _RETRY_PAUSE_S = 0.2
 
 _CLOSE, _RELEASE = (load(name, "deltafan_worker", using=()) for name in ("close", "release"))
@@ -30,10 +31,10 @@ class Leaving:
         self._ledger = (billed_ttl_ms, ledger_max_records)
 
     async def close(self, claim: Claim, result: bytes | None, ttl_ms: int) -> None:
-        """The job is done: bill its model calls and tell arq its `result`, kept for `ttl_ms` (0: for ever)."""
+        """The job is done: bill its model calls and tell arq its `result`, kept for `ttl_ms` (0: not at all)."""
         keys = (claim.queue, self._keys.usage, self._keys.billed(claim.job_id))
         notes = [part for note in claim.notes for part in note]
-        args = (claim.token, claim.job_id, result or b"", ttl_ms, *self._ledger, *notes)
+        args = (claim.token, claim.job_id, (ttl_ms and result) or b"", ttl_ms, *self._ledger, *notes)
         if not await self._insist(_CLOSE, keys, args):
             log.info("job %s: ended, but its lease is another's; leaving the queue as it is", claim.job_id)
 

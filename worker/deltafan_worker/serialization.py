@@ -39,7 +39,7 @@ def deserialize(data: bytes) -> dict[str, Any]:
 
 
 class _QuietDict(dict[str, Any]):
-    """arq logs the repr of a job's arguments; this one's tells nothing of a prompt."""
+    """A stock worker logs the repr of a job's arguments; this one's tells nothing of a prompt."""
 
     def __repr__(self) -> str:
         return "{…}"

@@ -39,8 +39,8 @@ local function lock(index, id, score, group)
   return false
 end
 
-local function room(index, most)
-  return bytes < PORTION_BYTES and math.min(most - counts[index], want - total) or 0
+local function room(index, most, most_bytes)
+  return bytes < (most_bytes or PORTION_BYTES) and math.min(most - counts[index], want - total) or 0
 end
 
 local function from_range(index, most, low, high)
@@ -65,9 +65,9 @@ local function step_back(lot, id)
   end
 end
 
-local function from_lot(index, most, group)
+local function from_lot(index, most, most_bytes, group)
   local lot, urgent = lot_of(KEYS[index], group), index == tonumber(ARGV[7])
-  while room(index, most) > 0 do
+  while room(index, most, most_bytes) > 0 do
     local id, score = unpack(redis.call('ZRANGE', lot, 0, 0, 'WITHSCORES'))
     if not id then
       redis.call('SREM', KEYS[index] .. ':lots', group)
@@ -87,9 +87,9 @@ local function from_lot(index, most, group)
   end
 end
 
-local function from_lots(index, most)
+local function from_lots(index, most, most_bytes)
   local groups = redis.call('SMEMBERS', KEYS[index] .. ':lots')
-  for i = 1, #groups do from_lot(index, most, groups[(SECOND + i) % #groups + 1]) end
+  for i = 1, #groups do from_lot(index, most, most_bytes, groups[(SECOND + i) % #groups + 1]) end
 end
 
 local most_of = {}
@@ -97,7 +97,8 @@ for index = 1, #KEYS do counts[index] = 0 end
 for i = 8, #ARGV, 2 do
   local index, most = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
   most_of[index] = math.max(most_of[index] or 0, most)
-  from_lots(index, counts[index] + math.floor((most - counts[index] + SECOND % 2) / 2)) -- and leaves half to the others
+  -- Those in line have half of the room, and of the bytes; the others what is left, and what they leave is theirs again.
+  from_lots(index, counts[index] + math.floor((most - counts[index] + SECOND % 2) / 2), (bytes + PORTION_BYTES) / 2)
   from_range(index, most, digits(FIRST_TIME), digits(NOW))
   from_range(index, most, '-inf', '(' .. digits(FIRST_TIME))
   from_lots(index, most)

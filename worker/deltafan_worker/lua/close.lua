@@ -1,6 +1,6 @@
 -- Writes a job's usage records into the ledger, each model call once, and tells arq that the job is done.
 -- KEYS  queue, ledger, billed
--- ARGV  1 token, 2 id, 3 arq result ('' for none), 4 arq result ttl_ms (0: keep), 5 billed ttl_ms, 6 ledger length,
+-- ARGV  1 token, 2 id, 3 arq result ('' for none), 4 arq result ttl_ms (-1: for ever), 5 billed ttl_ms, 6 ledger length,
 --       then call, record for each model call
 -- Returns 1, or 0 when the lease is another's: the records are written all the same, arq is left alone.
 for i = 7, #ARGV, 2 do
