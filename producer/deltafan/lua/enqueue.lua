@@ -1,9 +1,8 @@
 -- Writes arq's job record and queue entry, and rings.  One definition for both ways to reach it: alone on the
 -- queue's server, or behind submit.lua in the same call when both live on one server.
---   keys   job, in-progress, result, queue, doorbell
 --   ring   '1' to wake an idle worker; a bulk submit rings for some of its jobs only
 --   tenant whose turn it is decides the order; false: first come, first served
---   returns 1 enqueued, 0 already queued or running
+-- is_queued(…): whether that has been done, by whoever died before we were told, and is not over.
 -- waiting(queue): how many jobs nobody has claimed; a claimed one's score is the end of its lease.
 -- A result that arq still keeps does not stand in the way: the job's own state decides whether it may run.
 local function server_ms()
@@ -44,11 +43,14 @@ local function place(queue, tenant)
   return mine
 end
 
-local function enqueue(job, in_progress, result, queue, doorbell, id, record, ttl_ms, ring, tenant)
-  if redis.call('EXISTS', job, in_progress, result) > 0 then
-    if redis.call('EXISTS', job, in_progress) > 0 then return 0 end
-    redis.call('DEL', result)
-  end
+local function is_queued(job, in_progress, result)
+  if redis.call('EXISTS', job, in_progress, result) == 0 then return false end
+  if redis.call('EXISTS', job, in_progress) > 0 then return true end
+  redis.call('DEL', result)
+  return false
+end
+
+local function enqueue(job, queue, doorbell, id, record, ttl_ms, ring, tenant)
   redis.call('SET', job, record, 'PX', ttl_ms)
   redis.call('ZADD', queue, tenant and place(queue, tenant) or server_ms(), id)
   -- Tokens are hints; a few dozen wake any fleet, and idle doorbells disappear.
@@ -56,5 +58,4 @@ local function enqueue(job, in_progress, result, queue, doorbell, id, record, tt
     redis.call('LPUSH', doorbell, 1)
     redis.call('PEXPIRE', doorbell, 60000)
   end
-  return 1
 end

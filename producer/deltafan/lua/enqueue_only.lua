@@ -6,4 +6,6 @@ if ARGV[7] ~= '' and redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then
   local count = waiting(KEYS[4])
   if count >= tonumber(ARGV[7]) then return { 'FULL', count } end
 end
-return { enqueue(KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5] == '1' and ARGV[6]), 0 }
+if is_queued(KEYS[1], KEYS[2], KEYS[3]) then return { 0, 0 } end
+enqueue(KEYS[1], KEYS[4], KEYS[5], ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5] == '1' and ARGV[6])
+return { 1, 0 }

@@ -4,12 +4,20 @@
 -- Returns {'NEW' | 'EXISTS' | 'CONFLICT', status}, or {'FULL', how many wait}: nothing is written.  With the queue's
 -- keys it enqueues as well, also when the job is known but has not ended: a submit that died between its two writes is
 -- mended by the next.
-local function submit()
+-- Most jobs are new: one question, to all that could know them, takes the place of three.
+local is_new = redis.call('EXISTS', unpack(KEYS, 1, math.min(#KEYS, 6))) == 0
+
+-- The status of a job that is known, and the digest of its request.
+local function known()
   local state = redis.call('HMGET', STATE, 'status', 'digest')
-  local known = state[1] or redis.call('EXISTS', EVENTS, RESULT) > 0
-  local status = known and (ended(state[1]) or state[1])
+  if state[1] or redis.call('EXISTS', EVENTS, RESULT) > 0 then return ended(state[1]) or state[1], state[2] end
+end
+
+local function submit()
+  local status, digest
+  if not is_new then status, digest = known() end
   if status then
-    if state[2] and state[2] ~= ARGV[1] then return { 'CONFLICT', status } end
+    if digest and digest ~= ARGV[1] then return { 'CONFLICT', status } end
     redis.call('HDEL', STATE, 'ticket')
     touch()
     return { 'EXISTS', status }
@@ -30,7 +38,7 @@ end
 
 local answer = submit()
 local open = answer[1] == 'NEW' or (answer[1] == 'EXISTS' and not TERMINAL[answer[2]] and answer[2] ~= 'expired')
-if #KEYS > 3 and open then
-  enqueue(KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8], ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10] == '1' and ARGV[11])
+if #KEYS > 3 and open and (is_new or not is_queued(KEYS[4], KEYS[5], KEYS[6])) then
+  enqueue(KEYS[4], KEYS[7], KEYS[8], ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10] == '1' and ARGV[11])
 end
 return answer
