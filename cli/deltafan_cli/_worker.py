@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
+from threading import Thread
 from types import FrameType
 from typing import NoReturn
 
@@ -56,7 +57,16 @@ def _run_one(settings: Settings, burst: bool) -> None:
 def _run_child(settings: Settings, burst: bool) -> None:
     # A session of its own: Ctrl-C reaches the supervisor only, which passes it on, once.
     os.setsid()
+    Thread(target=_stop_with_parent, name="deltafan-parent", daemon=True).start()
     _run_one(settings, burst)
+
+
+def _stop_with_parent() -> None:
+    """A supervisor that was killed passes nothing on."""
+    supervisor = parent_process()
+    assert supervisor is not None
+    supervisor.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _fail_without(error: ModuleNotFoundError) -> NoReturn:

@@ -17,7 +17,7 @@ from deltafan.testing import ScriptedUpstream, scripted_upstream
 from deltafan.testing import chat as script
 from deltafan_cli import _app
 from deltafan_config import Settings
-from support.waiting import wait_until
+from support.waiting import is_alive, wait_until
 from support.workers import child_pids, prepended, settings_env, supervisor_process, worker_process
 
 DELTAFAN = [sys.executable, "-m", "deltafan_cli"]
@@ -278,6 +278,16 @@ async def test_several_processes_share_the_work_and_stop_together(
         assert done.stdout == "Hello, world!\n"
         process.terminate()
         assert await asyncio.to_thread(process.wait, 20) == 0
+
+
+async def test_no_process_outlives_a_supervisor_that_was_killed(
+    env: dict[str, str], upstream: ScriptedUpstream
+) -> None:
+    with supervisor_process(env, processes=2) as process:
+        await arun("submit", "-m", "sim", "-f", "Hi", env=env)
+        children = child_pids(process)
+        process.kill()
+        await wait_until(lambda: not any(map(is_alive, children)), "they have followed it")
 
 
 async def test_a_stop_that_comes_while_the_processes_start_is_heeded(env: dict[str, str]) -> None:

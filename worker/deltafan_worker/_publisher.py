@@ -1,8 +1,9 @@
 """The publisher: the one connection on which a worker process writes all its streams.
 
 Appends of all jobs gather while a flush is on its way and go out together when it has been answered: no timer, no
-added delay, and the busier the process, the larger its flushes. A connection that is new has lost an unknown part of
-what was sent on the last, so nothing is appended on it for a job before that job's `compare` has run there.
+added delay, and the busier the process, the larger its flushes, up to a bound. A connection that is new has lost an
+unknown part of what was sent on the last, so nothing is appended on it for a job before that job's `compare` has run
+there.
 """
 
 import asyncio

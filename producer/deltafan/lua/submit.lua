@@ -22,7 +22,7 @@ local function submit()
     touch()
     return { 'EXISTS', status }
   end
-  if #KEYS > 3 and ARGV[5] ~= '' and redis.call('EXISTS', KEYS[4], KEYS[5]) == 0 then
+  if #KEYS > 3 and ARGV[5] ~= '' and (is_new or redis.call('EXISTS', KEYS[4], KEYS[5]) == 0) then
     local count = waiting(KEYS[7])
     if count >= tonumber(ARGV[5]) then
       redis.call('DEL', REQUEST)
