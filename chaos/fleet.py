@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,8 @@ import aiohttp
 from redis.asyncio import Redis
 
 from bills import INPUT_PRICE, OUTPUT_PRICE, Calls
+from deltafan._errors import RedisUnavailable
+from deltafan._workers import living_workers
 from support.proxy import TcpProxy, tcp_proxy
 from support.valkey import Valkey, valkey_server
 from transcripts import Transcript
@@ -88,7 +90,12 @@ class Worker:
     @property
     def is_alive(self) -> bool:
         """Whether it has not ended."""
-        return self._process.returncode is None
+        return self.exit_code is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of one that has ended; negative: the signal that ended it."""
+        return self._process.returncode
 
 
 @dataclass
@@ -120,11 +127,27 @@ class Fleet:
         client: Redis = Redis.from_url(self.valkey.url)
         return client
 
-    async def start_worker(self) -> None:
+    async def start_worker(self) -> Worker:
         """One more."""
         worker = await Worker.start(self.env, self.broken)
         self._started.append(worker)
         self.idle.append(worker)
+        return worker
+
+    async def is_up(self, worker: Worker) -> bool:
+        """Wait until a worker that was started shows itself; False when it does not come to that."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GOING_S):
+                while not await self._shows(worker):
+                    await asyncio.sleep(0.1)
+                return True
+        return False
+
+    async def _shows(self, worker: Worker) -> bool:
+        with suppress(RedisUnavailable):
+            names = [shown.name for shown in await living_workers(self.valkey.url)]
+            return any(name.endswith(f":{worker.pid}") for name in names)
+        return False
 
     async def take_worker(self, chance: random.Random) -> Worker | None:
         """A worker that runs a job, to be hurt by one fault alone, and then given back or replaced. One is left."""
@@ -149,7 +172,8 @@ class Fleet:
 
     def note_dead(self) -> None:
         """Note the workers that have ended unbidden."""
-        self.failures += [f"worker {worker.pid} ended by itself" for worker in self.idle if not worker.is_alive]
+        dead = [worker for worker in self.idle if not worker.is_alive]
+        self.failures += [f"worker {worker.pid} ended by itself (exit code {worker.exit_code})" for worker in dead]
 
     async def stop(self) -> None:
         """End all workers."""
