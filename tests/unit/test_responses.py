@@ -2,6 +2,9 @@
 
 import json
 import re
+import sys
+import tracemalloc
+from types import FrameType
 from typing import Any
 
 import orjson
@@ -9,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltafan_worker import _output_items
 from deltafan_worker._responses import ResponsesDecoder
 from support.decoding import Outcome, cut_at
 
@@ -238,7 +242,8 @@ def test_a_text_that_comes_whole_brings_its_sources() -> None:
     assert [kind for kind, _ in decode(told, text("Hey"), completed(message("Hey", content=parts))).deltas] == [
         "annotation",
         "content",
-    ]
+        "annotation",
+    ], "also where its deltas came without them"
 
 
 NAMELESS = {"item_id": None, "output_index": None, "content_index": None}
@@ -297,6 +302,167 @@ def test_reasoning_that_was_shown_is_not_shown_in_its_other_form() -> None:
         assert decode(told, completed(item)).generation.reasoning == "Hm."
 
 
+@pytest.mark.parametrize("begins", [False, True])
+def test_parts_that_are_all_numbered_0_are_not_said_again(begins: bool) -> None:
+    texts = [{"type": "text", "text": words} for words in ("Hello ", "World", "!")]
+    seen = {"type": "reasoning_text", "text": "Hm."}
+    for name, item in (
+        ("response.output_text", {"type": "message", "content": texts}),
+        ("response.output_text", {"type": "message", "content": [seen, *texts]}),
+        ("response.output_text", {"type": "message", "content": [seen, {"type": "text", "text": "Hello World! "}]}),
+        ("response.reasoning_text", {"type": "reasoning", "content": texts}),
+        ("response.reasoning_summary_text", {"type": "reasoning", "summary": texts}),
+    ):
+        place = {"item_id": "i", "output_index": 0, "content_index": 0, "summary_index": 0}
+        said = [event(f"{name}.delta", delta=piece, **place) for piece in ("Hello ", "World", "!")]
+        added, done = (
+            event(f"response.output_item.{step}", output_index=0, item={"id": "i", **item})
+            for step in ("added", "done")
+        )
+        generation = decode(*[added][: int(begins)], *said, done, completed({"id": "i", **item})).generation
+        assert generation.content + generation.reasoning == "Hello World!"
+
+
+def test_reasoning_that_is_sent_in_both_its_forms_is_shown_in_the_first() -> None:
+    place = {"output_index": 0, "item_id": "rs", "content_index": 0, "summary_index": 0}
+    pieces = [
+        event(f"response.{form}.delta", delta=piece, **place)
+        for piece in ("The", " user")
+        for form in ("reasoning_summary_text", "reasoning_text")
+    ]
+    assert decode(*pieces, completed()).generation.reasoning == "The user"
+    nameless = [
+        event(f"response.{form}.delta", delta=form[:13]) for form in ("reasoning_summary_text", "reasoning_text")
+    ]
+    assert len(decode(*nameless, completed()).deltas) == 3, "of items without names nobody knows"
+
+
+def test_summaries_of_several_items_are_paragraphs() -> None:
+    pieces = [
+        event("response.reasoning_summary_text.delta", delta=words, output_index=n, summary_index=0, item_id=words)
+        for n, words in enumerate(["One.", "Two."])
+    ]
+    assert decode(*pieces, completed()).generation.reasoning == "One.\n\nTwo."
+
+
+def test_a_text_that_the_final_object_tidies_up_is_the_same_one() -> None:
+    thought = event("response.reasoning_text.delta", delta="Hm.", output_index=0, item_id="rs")
+    told = text("a  b\n", item_id="old", output_index=1)
+    assert decode(thought, told, completed(message("a b", "c", id="new"))).generation.content == "a  b\nc"
+
+
+def test_numbers_that_are_none_and_items_that_are_none() -> None:
+    odd = [text("He", content_index=[]), text("y", content_index=[])]
+    assert decode(*odd, event("response.output_text.done", text="Hey", content_index=0)).generation.content == "Hey"
+    told = text("Hey", item_id=None, output_index=1)
+    assert decode(told, completed(None, message("Hay"))).generation.content == "Hey", "an item keeps its place"
+
+
+def work(*pieces: bytes) -> int:
+    """Calls and bytes searched while a stream is decoded."""
+    done = 0
+
+    def count(_frame: FrameType, happening: str, what: Any) -> None:
+        nonlocal done
+        if happening in ("call", "c_call"):
+            done += 1
+            if getattr(what, "__name__", "") in ("find", "count"):
+                done += len(what.__self__)
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        decode(*pieces)
+    finally:
+        sys.setprofile(before)
+    return done
+
+
+def in_many_items(shape: str, items: int) -> list[bytes]:
+    """A stream of so many items and its final object, named in one of the ways that make them hard to tell apart."""
+    words = [f"text of number {n}. " * 5 for n in range(items)]
+    told = [text(one, item_id=f"m{n}", output_index=None, content_index=None) for n, one in enumerate(words)]
+    calls = [call_item(id=one, call_id=one, arguments=f'{{"a":{n}}}') for n, one in enumerate(words)]
+    done = [event("response.output_item.done", item=item) for item in calls]
+    match shape:
+        case "renamed":
+            return [*told, completed(*map(message, words))]
+        case "renamed in another order":
+            return [*told, completed(*map(message, words[::-1]))]
+        case "other texts":
+            return [*told, completed(*(message(f"other {one}") for one in words))]
+        case "only their ends":
+            return [event("response.output_item.done", item=message(one)) for one in words]
+        case "parts":
+            place = {"item_id": "m", "output_index": 0}
+            return [
+                event("response.output_text.done", text=one, content_index=n, **place) for n, one in enumerate(words)
+            ]
+        case "parts without numbers":
+            return [text("".join(words), content_index=None), completed(message(*words[::-1], "new", id="msg_1"))]
+        case "parts of the final object":
+            return [completed(message(*words))]
+        case _:
+            return [*done, completed(*({**item, "id": None, "call_id": f"{n}"} for n, item in enumerate(calls[::-1])))]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "renamed",
+        "renamed in another order",
+        "other texts",
+        "only their ends",
+        "parts",
+        "parts without numbers",
+        "parts of the final object",
+        "calls renamed in another order",
+    ],
+)
+def test_many_items_take_work_in_step_with_their_number(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_output_items, "SEARCHED_BYTES", 1_000)
+    few, many = (work(*in_many_items(shape, items)) for items in (100, 400))
+    assert many < 5 * few, "16 times would be quadratic"
+
+
+def test_renamed_texts_are_found_in_their_order_however_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_output_items, "SEARCHED_BYTES", 200_000)
+    left_out = text("what the final object leaves out", item_id="m", output_index=None)
+    assert len(decode(left_out, *in_many_items("renamed", 800)).deltas) == 801
+
+
+def test_parts_are_told_from_what_their_own_item_and_others_said() -> None:
+    place = {"item_id": "m", "output_index": 0}
+    first = event("response.output_text.done", text="a", content_index=0, **place)
+    longer = event("response.output_text.done", text="banana", content_index=1, **place)
+    item = message("a", "banana", id="m")
+    for end in (longer, event("response.output_item.done", output_index=0, item=item)):
+        assert decode(first, end, completed()).generation.content == "abanana"
+    told = [text(one, item_id=f"m{n}", output_index=n, content_index=at) for n, at, one in ((1, 0, "A"), (2, 0, "B"))]
+    told.append(text("C", item_id="m2", output_index=2, content_index=1))
+    assert decode(*told, completed(message("A"), message("B", "C"))).generation.content == "ABC", "places are shifted"
+    one = text("HeyYo!", content_index=None)
+    assert decode(one, completed(message("Hey", "Yo", id="msg_1"))).generation.content == "HeyYo!", "without numbers"
+    assert decode(completed(message(" "))).generation.content == " "
+    refusal = {"type": "refusal", "refusal": "No."}
+    mixed = message("-", id="msg_1", content=[refusal, {"type": "output_text", "text": "Hey"}])
+    generation = decode(text("He"), completed(mixed)).generation
+    assert (generation.content, generation.refusal) == ("He", "No."), (
+        "an only text of its kind is the one that was said"
+    )
+
+
+def test_what_was_said_is_kept_in_little_more_than_its_size() -> None:
+    decoder, pieces = ResponsesDecoder(), [text(f" word{n}", content_index=n) for n in range(5_000)]
+    tracemalloc.start()
+    for piece in pieces:
+        decoder.feed(piece)
+        assert decoder.next_delta() is not None
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 3 * 5_000 * len(" word1234")
+
+
 def test_an_item_at_the_index_of_another_is_another_one() -> None:
     stream = [
         event("response.output_item.added", output_index=0, item=message("Hey", content=[])),
@@ -332,6 +498,32 @@ def test_a_call_that_the_final_object_names_otherwise_is_the_same_one(names: dic
         ("call_2", "f", '{"b":2}'),
     ]
     assert decode(added, completed({**whole, **names})).calls == [("call_1", "f", '{"a":1}')]
+
+
+@pytest.mark.parametrize("names", [{}, {"id": "fc_9", "call_id": "call_9"}, {"call_id": None}])
+@pytest.mark.parametrize("arguments", ['{"b":"\u00e9","a":1}', '{"a": 1, "b": "\\u00e9"}', {"a": 1, "b": "\u00e9"}])
+def test_a_call_whose_arguments_the_final_object_writes_otherwise_is_the_same_one(
+    names: dict[str, Any], arguments: Any
+) -> None:
+    told = event("response.output_item.done", output_index=0, item=call_item(arguments='{"a":1,"b":"\u00e9"}'))
+    final = completed(call_item(arguments=arguments, **names), call_item(id="2", call_id="2", arguments='{"a":2}'))
+    assert [arguments for *_, arguments in decode(told, final).calls] == ['{"a":1,"b":"\u00e9"}', '{"a":2}']
+
+
+def test_calls_that_the_final_object_renames_keep_their_order() -> None:
+    names = [{"id": f"fc_{n}", "call_id": f"call_{n}"} for n in (1, 2)]
+    added = [
+        event("response.output_item.added", output_index=n, item=call_item(**name)) for n, name in enumerate(names)
+    ]
+    whole = [call_item(id=f"x{n}", call_id=f"y{n}", arguments=f"[{n}]") for n in (1, 2)]
+    assert decode(*added, completed(*whole)).calls == [("call_1", "f", "[1]"), ("call_2", "f", "[2]")]
+
+
+def test_a_call_without_a_call_id_is_known_by_the_id_of_its_item() -> None:
+    two = [call_item(call_id=f"call_{n}", arguments=f"[{n}]") for n in (1, 2)]
+    assert len(decode(completed(*two)).calls) == 2, "and by its call_id where it has one"
+    told = event("response.output_item.done", output_index=0, item=call_item(arguments="half"))
+    assert decode(told, completed(call_item(call_id=None, arguments="whole"))).calls == [("call_1", "f", "half")]
 
 
 def test_calls_without_any_id_are_told_apart_by_name_and_arguments() -> None:

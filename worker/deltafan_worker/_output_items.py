@@ -3,41 +3,73 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from math import inf
+from typing import Any, Protocol
 
 import orjson
 
 from deltafan_worker._plain import json_text, plain
 
+Part = tuple[str, int | None]
+"""Which text of an item: of its `content` or its `summary`, and its number there. Many servers do not number them."""
+
 _WRAPPERS = ("parallel", "multi_tool_use.parallel")
 """A tool that nobody declared: some models wrap several calls in it."""
+SEARCHED_BYTES = 2**25
+"""How much is searched for texts that come again in another order: some 30 ms. From then on they count as news."""
 
 
-class Part(NamedTuple):
-    """Which text of an item: one of its `content` or of its `summary`. Many servers do not number them."""
+@dataclass(slots=True, eq=False)
+class _Words:
+    """What was said, in UTF-8 without its white space: servers tidy up what they send again."""
 
-    of: str
-    number: int | None
+    words: bytearray = field(default_factory=bytearray)
+    place: int = 0
+    """Behind what was found last: what is sent again mostly comes in its order."""
+    patience: int = field(default_factory=lambda: SEARCHED_BYTES)
+
+    def have(self, words: bytes, own: bytes | bytearray = b"") -> bool:
+        """Whether this was said, and by another than the one who said `own` of it all."""
+        if not own and self.words.startswith(words, self.place):
+            self.place += len(words)
+            return bool(self.words)
+        self.patience -= len(self.words)
+        if self.patience < 0:
+            return False
+        if own:
+            return self.words.count(words) > own.count(words)
+        if (at := self.words.find(words)) >= 0:
+            self.place = at + len(words)
+        return at >= 0
+
+
+@dataclass(slots=True, eq=False)
+class _Said(_Words):
+    """What was said of one kind in one item."""
+
+    of: str = ""
+    """Which of its forms was said: providers that show their reasoning repeat it as a summary."""
+    low: float = inf
+    high: float = -inf
+    are_numbered: bool = True
+
+    def note_part(self, number: int | None) -> None:
+        if number is None:
+            self.are_numbered = False
+        else:
+            self.low, self.high = min(self.low, number), max(self.high, number)
+
+    def may_have(self, words: bytes, number: int | None, parts: int | None) -> bool:
+        if number is None or parts == 1 or self.low <= number <= self.high:
+            return True
+        return not (parts and self.are_numbered) and self.have(words)
 
 
 @dataclass(slots=True, eq=False)
 class _Item:
-    """What was said of one item, by kind."""
-
     is_certain: bool = False
     """Whether its texts can be told from those of other items: not while they may go by another name."""
-    parts: defaultdict[str, set[Part]] = field(default_factory=lambda: defaultdict(set))
-    pieces: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def may_have(self, kind: str, text: str, part: Part, parts: int | None) -> bool:
-        said = self.parts[kind]
-        if not said or part in said or part.number is None or parts == 1:
-            return bool(said)
-        if any(one.of != part.of for one in said):  # providers that show their reasoning repeat it as a summary
-            return True
-        if parts and all(one.number is not None for one in said):
-            return False
-        return text in "".join(self.pieces[kind])
+    said: dict[str, _Said] = field(default_factory=dict)
 
 
 class Spoken:
@@ -52,6 +84,7 @@ class Spoken:
         self._nameless = _Item()
         self._items = [self._nameless]
         self._by_name: dict[tuple[str, int | str], _Item] = {}
+        self._together: dict[tuple[str, bool], _Words] = {}
         self._is_settled = False
 
     def begin(self, where: Mapping[str, Any]) -> None:
@@ -59,21 +92,41 @@ class Spoken:
         if (item_id := _key(where.get("item_id"))) is None or ("item_id", item_id) not in self._by_name:
             self._open(where).is_certain = True
 
-    def note(self, kind: str, text: str, where: Mapping[str, Any], part: Part) -> None:
-        """This was said there."""
-        item = self._find(where) or self._open(where)
-        item.parts[kind].add(part)
-        item.pieces[kind].append(text)
+    def note(self, kind: str, text: str, where: Mapping[str, Any], part: Part) -> bool:
+        """This is to be said there. False if that item is already being said in its other form."""
+        item, (of, number) = self._find(where) or self._open(where), part
+        if (said := item.said.get(kind)) is None:
+            said = item.said[kind] = _Said(of=of)
+        elif said.of != of and item is not self._nameless:
+            return False
+        words = _words(text)
+        said.words += words
+        if number != said.high:
+            said.note_part(number)
+        if self._together and (together := self._together.get((kind, item.is_certain))):
+            together.words += words
+        return True
+
+    def has_all(self, kind: str, text: str, where: Mapping[str, Any]) -> bool:
+        """Whether an item's texts are what was said of it, whatever the numbers of its parts."""
+        item = self._find(where)
+        said = item.said.get(kind) if item else None
+        return said is not None and said.words == _words(text)
 
     def may_have(self, kind: str, text: str, where: Mapping[str, Any], part: Part, parts: int | None = None) -> bool:
-        """Whether a whole text was said, or may have been; `parts` is the number of parts that its item has."""
-        item = self._find(where)
-        if item is not None and item.may_have(kind, text, part, parts):
+        """Whether a whole text was said, or may have been; `parts` is how many texts of that kind its item has."""
+        item, words = self._find(where), _words(text)
+        own = item.said.get(kind) if item else None
+        if own and own.may_have(words, part[1], parts):
             return True
         is_known = self._is_settled or item not in (None, self._nameless)
-        others = [other for other in self._items if other is not item and not (is_known and other.is_certain)]
-        said = "".join("".join(other.pieces[kind]) for other in others)
-        return bool(said) and (text in said or said in text)
+        for is_certain in (False,) if is_known else (False, True):
+            others = self._of_several(kind, is_certain=is_certain)
+            among_them = own.words if own and item and item.is_certain == is_certain else b""
+            is_begun = others.words and not among_them and others.words in words
+            if is_begun or others.have(words, among_them):
+                return True
+        return False
 
     def settle(self, ids: Iterable[Any]) -> None:
         """The final object has these items. What was said of another may be of any of them."""
@@ -81,9 +134,18 @@ class Spoken:
         found = {self._by_name.get(("item_id", key)) for item_id in ids if (key := _key(item_id)) is not None}
         for item in self._items:
             item.is_certain = item in found
+        self._together.clear()
         self._by_name = {
             name: item for name, item in self._by_name.items() if name[0] == "item_id" or not item.is_certain
         }
+
+    def _of_several(self, kind: str, *, is_certain: bool) -> _Words:
+        """What all certain or all uncertain items say, gathered once."""
+        if (words := self._together.get((kind, is_certain))) is None:
+            items = [item for item in self._items if item.is_certain == is_certain and kind in item.said]
+            words = _Words(bytearray().join(item.said[kind].words for item in items))
+            self._together[kind, is_certain] = words
+        return words
 
     def _open(self, where: Mapping[str, Any]) -> _Item:
         self._items.append(item := _Item(is_certain=self._is_settled))
@@ -138,7 +200,7 @@ class OutputCalls:
         self._published = 0
         self._reasoning: list[Mapping[str, Any]] = []
         self._thoughts: set[Any] = set()
-        self._doubtful: list[_Call] = []
+        self._doubtful: defaultdict[tuple[str, str], list[_Call]] = defaultdict(list)
 
     def __bool__(self) -> bool:
         return bool(self._calls)
@@ -146,12 +208,16 @@ class OutputCalls:
     def settle(self, items: Iterable[Mapping[str, Any]]) -> None:
         """The final object has these calls. Another one may be any of them that is as yet unknown."""
         ids = {_call_id(item) for item in items} - {""}
-        self._doubtful = [call for call in self._calls if call.id not in ids]
+        for call in reversed(self._calls):
+            if call.id not in ids:
+                self._doubtful[call.name, _canonical(call.arguments)].append(call)
 
     def take_item(self, item: Mapping[str, Any], place: Mapping[str, Any], *, is_done: bool) -> None:
         """An item that is a call: added, done, or found in the final object."""
         call_id, where = _call_id(item), {**place, "item_id": item.get("id")}
-        call = self._by_name.get(("call_id", call_id)) if call_id else self._find(where)
+        # The final object may leave out the call_id, and an item may take the index of another one.
+        call = None if _word(item.get("call_id")) else self._by_name.get(("item_id", call_id))
+        call = call or (self._by_name.get(("call_id", call_id)) if call_id else self._find(where))
         name, arguments = _word(item.get("name")), item.get("arguments", item.get("input"))
         if call is None and (call := self._taken_for(name, json_text(arguments))) is None:
             call = self._open(call_id, name, json_text(arguments), where)
@@ -235,11 +301,8 @@ class OutputCalls:
 
     def _taken_for(self, name: str, arguments: str) -> _Call | None:
         """A call of the final object under an id of its own: the same one, as far as anybody can tell."""
-        for call in self._doubtful:
-            if call.name == name and call.arguments in ("", arguments):
-                self._doubtful.remove(call)
-                return call
-        return None
+        alike = (self._doubtful.get((name, text)) for text in (_canonical(arguments), ""))
+        return next((calls.pop() for calls in alike if calls), None)
 
     def _latest(self) -> _Call | None:
         """The call that an event without a known place is for; a call that is done gets no more."""
@@ -251,6 +314,10 @@ class OutputCalls:
                 self._by_name[name, key] = call
 
 
+def _words(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass").translate(None, b" \t\n\v\f\r")
+
+
 def _wrapped(arguments: str) -> list[tuple[str, str]]:
     """Name and arguments of each call inside a wrapper; none if it has another shape."""
     try:
@@ -259,6 +326,14 @@ def _wrapped(arguments: str) -> list[tuple[str, str]]:
         return [(name, orjson.dumps(plain(parameters)).decode()) for name, parameters in calls]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _canonical(arguments: str) -> str:
+    """Arguments without what may be written otherwise in JSON: white space, escapes, the order of names."""
+    try:
+        return orjson.dumps(plain(orjson.loads(arguments)), option=orjson.OPT_SORT_KEYS).decode()
+    except ValueError:
+        return arguments
 
 
 def _call_id(item: Mapping[str, Any]) -> str:

@@ -84,13 +84,13 @@ class ResponsesDecoder(FrameDecoder):
             return False
         kind, of = _TEXT_EVENTS[name]
         number = frame.get(f"{of}_index")
-        part = Part(of, number if isinstance(number, int) else None)
+        part = of, number if isinstance(number, int) else None
         if step == "delta":
             # Parts of a summary are paragraphs, but for the break between them. Other numbers may grow with each delta.
             paragraph = (frame.get("output_index"), number) if of == "summary" else of
             self._say(kind, frame.get("delta"), frame, part, paragraph)
         elif step == "done":
-            self._say_unless_said(kind, frame.get("refusal" if kind == REFUSAL else "text"), frame, part)
+            self._say_unless_said(kind, _text(kind, frame), frame, part)
         return True
 
     def _take_call(self, kind: str, frame: Mapping[str, Any]) -> bool:
@@ -122,12 +122,17 @@ class ResponsesDecoder(FrameDecoder):
             self._calls.take_reasoning(item)
         # Providers that show their reasoning repeat it as a summary.
         of = "content" if item.get("content") else "summary"
-        parts = _objects(item.get(of))
-        for number, part in enumerate(parts):
-            kind = REASONING if is_reasoning else _PART_KINDS.get(str(part.get("type")))
-            text = part.get("refusal" if kind == REFUSAL else "text")
-            if kind and self._say_unless_said(kind, text, where, Part(of, number), len(parts)):
-                self._emit_annotations(part.get("annotations"))
+        texts = [
+            (kind, _text(kind, part), (of, number), part.get("annotations"))
+            for number, part in enumerate(_objects(item.get(of)))
+            if (kind := REASONING if is_reasoning else _PART_KINDS.get(str(part.get("type"))))
+        ]
+        by_kind = {kind: [text for other, text, *_ in texts if other == kind] for kind in (CONTENT, REASONING, REFUSAL)}
+        said = {kind for kind, them in by_kind.items() if self._spoken.has_all(kind, "".join(them), where)}
+        for kind, text, part, annotations in texts:
+            if kind not in said:
+                self._say_unless_said(kind, text, where, part, len(by_kind[kind]))
+            self._emit_annotations(annotations)
 
     def _take_response(self, kind: str, response: Mapping[str, Any], http_status: int | None) -> None:
         self._note_id(response.get("id"))
@@ -160,22 +165,25 @@ class ResponsesDecoder(FrameDecoder):
         return "tool_calls" if self._calls else "stop"
 
     def _say(self, kind: str, text: Any, where: Mapping[str, Any], part: Part, paragraph: object) -> None:
-        if not isinstance(text, str) or not text:
+        if not isinstance(text, str) or not text or not self._spoken.note(kind, text, where, part):
             return
         if kind == REASONING:
             if self._paragraph not in (None, paragraph):
                 self._emit(REASONING, "\n\n")
             self._paragraph = paragraph
-        self._spoken.note(kind, text, where, part)
         self._emit(kind, text)
 
     def _say_unless_said(
-        self, kind: str, text: Any, where: Mapping[str, Any], part: Part, parts: int | None = None
-    ) -> bool:
-        is_news = isinstance(text, str) and not self._spoken.may_have(kind, text, where, part, parts)
-        if is_news:
+        self, kind: str, text: str, where: Mapping[str, Any], part: Part, parts: int | None = None
+    ) -> None:
+        if text and not self._spoken.may_have(kind, text, where, part, parts):
             self._say(kind, text, where, part, paragraph=object())
-        return is_news
+
+
+def _text(kind: str, holder: Mapping[str, Any]) -> str:
+    """The whole text of an event or a part; "" if it has none."""
+    text = holder.get("refusal" if kind == REFUSAL else "text")
+    return text if isinstance(text, str) else ""
 
 
 def _objects(values: Any) -> list[dict[str, Any]]:
