@@ -6,7 +6,8 @@ from typing import Any
 from deltafan._events import CONTENT, REASONING, REFUSAL
 from deltafan_worker._decoder import Completion
 from deltafan_worker._frames import TRUNCATED, FrameDecoder
-from deltafan_worker._output_items import OutputCalls, Part, Spoken
+from deltafan_worker._output_items import OutputCalls
+from deltafan_worker._spoken import Part, Spoken
 from deltafan_worker._sse import SseEvent
 from deltafan_worker._upstream_error import UpstreamError, from_payload
 
