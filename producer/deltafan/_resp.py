@@ -90,6 +90,8 @@ class RespConnection(asyncio.Protocol):
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transport = cast(asyncio.Transport, opened._writer.transport)  # type: ignore[union-attr]  # noqa: SLF001  held by a contract test
         self._transport.set_protocol(self)
+        if self._transport.is_closing():  # it has told redis-py's protocol, and will not tell ours
+            self._end()
 
     @property
     def is_lost(self) -> bool:

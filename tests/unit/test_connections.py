@@ -1,10 +1,14 @@
 """What a connection says that was cut at the very moment when it was written to, and when it is given up."""
 
 import asyncio
+import socket
+import struct
+from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvloop
 from redis.asyncio.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -36,6 +40,38 @@ async def test_while_a_command_is_sent_it_is_lost() -> None:
         await connection.send_packed_command(b"PING")
 
 
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_a_connection_that_is_cut_before_we_have_it_is_lost(
+    run: Callable[[Coroutine[Any, Any, None]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its transport has told redis-py, and would tell us nothing: asyncio takes what is written, uvloop raises."""
+    connect: Any = Connection.connect
+
+    async def connect_and_be_cut(connection: Connection) -> None:
+        await connect(connection)
+        writer = connection._writer
+        assert writer is not None
+        await wait_until(writer.transport.is_closing, "the server has cut it")
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(4096)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.write(b"+OK\r\n" * 8)
+        await asyncio.wait([asyncio.ensure_future(reader.read())], timeout=0.2)
+        writer.transport.abort()
+
+    async def scene() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        async with server:
+            connection = await open_connection(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeout_s=5)
+            assert connection.is_lost
+            with pytest.raises(ConnectionLost):
+                await asyncio.wait_for(connection.call("PING"), 5)
+
+    monkeypatch.setattr(Connection, "connect", connect_and_be_cut)
+    run(scene())
+
+
 async def test_an_answer_behind_the_one_that_closed_the_connection_is_nobodys() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -58,6 +94,9 @@ class Transport:
     """A socket that takes what it is given, and hears nothing."""
 
     def set_protocol(self, _protocol: object) -> None: ...
+
+    def is_closing(self) -> bool:
+        return False
 
     def write(self, _data: bytes) -> None: ...
 
