@@ -16,8 +16,9 @@ collect_ignore_glob = [] if find_spec("aiohttp") else ["contract/test_simulated_
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell's background job ignores Ctrl-C and so would every process that a test starts and interrupts.
+    # A shell's background job ignores Ctrl-C, one under nohup the terminal's end; and so would whatever a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.addinivalue_line("markers", "immortal_keys(reason): this test may leave keys without a lifetime")
 
 
