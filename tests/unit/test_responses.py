@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import tracemalloc
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -383,7 +384,7 @@ def in_many_items(shape: str, items: int) -> list[bytes]:
     words = [f"text of number {n}. " * 5 for n in range(items)]
     told = [text(one, item_id=f"m{n}", output_index=None, content_index=None) for n, one in enumerate(words)]
     calls = [call_item(id=one, call_id=one, arguments=f'{{"a":{n}}}') for n, one in enumerate(words)]
-    done = [event("response.output_item.done", item=item) for item in calls]
+    ended = [event("response.output_item.done", item=item) for item in calls]
     match shape:
         case "renamed":
             return [*told, completed(*map(message, words))]
@@ -403,7 +404,7 @@ def in_many_items(shape: str, items: int) -> list[bytes]:
         case "parts of the final object":
             return [completed(message(*words))]
         case _:
-            return [*done, completed(*({**item, "id": None, "call_id": f"{n}"} for n, item in enumerate(calls[::-1])))]
+            return [*ended, completed(*({**item, "id": None, "call_id": f"{n}"} for n, item in enumerate(calls[::-1])))]
 
 
 @pytest.mark.parametrize(
@@ -537,6 +538,168 @@ def test_calls_without_any_id_are_told_apart_by_name_and_arguments() -> None:
         ("g", "{}"),
         ("f", "{}"),
     ]
+
+
+def added(item: Mapping[str, Any], **place: Any) -> bytes:
+    return event("response.output_item.added", item=item, **place)
+
+
+def done(item: Mapping[str, Any], **place: Any) -> bytes:
+    return event("response.output_item.done", item=item, **place)
+
+
+def pieces(*fragments: str, **place: Any) -> list[bytes]:
+    return [event("response.function_call_arguments.delta", delta=fragment, **place) for fragment in fragments]
+
+
+WRAPPED = '{"tool_uses":[{"recipient_name":"functions.a","parameters":{}},{"recipient_name":"b","parameters":{}}]}'
+
+
+@pytest.mark.parametrize(
+    "begun", [{"call_id": "other"}, {"call_id": None}, {"call_id": None, "id": None}, {"name": ""}]
+)
+@pytest.mark.parametrize("ended", [{}, {"id": None}, {"id": "fc_2"}, {"arguments": ' {"a" : 1}'}])
+def test_a_call_whose_call_id_is_another_at_its_end_is_called_once(
+    begun: dict[str, Any], ended: dict[str, Any]
+) -> None:
+    whole = call_item(arguments='{"a":1}')
+    for final in ([], [whole], [{**whole, "id": "fc_3", "call_id": "call_3"}], [{**whole, "call_id": None}]):
+        calls = decode(
+            added(call_item(**begun), output_index=1),
+            *pieces('{"a":', "1}", output_index=1, item_id="fc_1"),
+            event("response.function_call_arguments.done", arguments='{"a":1}', output_index=1, item_id="fc_1"),
+            done({**whole, **ended}, output_index=1),
+            completed(*final),
+        ).calls
+        assert [(bool(call_id), *call) for call_id, *call in calls] == [(True, "f", '{"a":1}')]
+    wrapper = decode(
+        added(call_item(**{**begun, "name": "parallel"}), output_index=1),
+        *pieces(WRAPPED, output_index=1, item_id="fc_1"),
+        done(call_item(**{**ended, "name": "parallel", "arguments": WRAPPED}), output_index=1),
+        completed(),
+    )
+    assert [name for _, name, _ in wrapper.calls] == ["a", "b"]
+
+
+def test_a_call_at_the_place_of_another_is_another_one() -> None:
+    first, second = call_item(arguments='{"a":1}'), call_item(id=None, call_id="call_2", arguments='{"a":2}')
+    told = [added(call_item(), output_index=0), *pieces('{"a":1}', output_index=0)]
+    for other in (second, {**second, "arguments": "{}"}, {**second, "arguments": '{"a":1}', "name": "g"}):
+        assert len(decode(*told, done(other, output_index=0), completed()).calls) == 2
+    ended = [*told, done(first, output_index=0)]
+    assert len(decode(*ended, done({**second, "arguments": '{"a":1}'}, output_index=0), completed()).calls) == 2
+    final = completed({**first, "call_id": "call_3"}, {**first, "id": "fc_4", "call_id": "call_4"})
+    assert len(decode(*told, final).calls) == 2, "and what was taken for one is not taken for another"
+
+
+def test_arguments_of_which_only_the_end_brings_the_tail() -> None:
+    place = {"output_index": 0, "item_id": "fc_1"}
+    told = [added(call_item(), output_index=0), *pieces('{"a":', **place)]
+    end = event("response.function_call_arguments.done", arguments='{"a":1}', **place)
+    early = event("response.function_call_arguments.done", arguments='{"a":', **place)
+    item = call_item(arguments='{"a":1}')
+    for ends in ([end], [done(item, output_index=0)], [early, done(item, output_index=0)], [completed(item)]):
+        assert decode(*told, *ends, completed(item)).calls == [("call_1", "f", '{"a":1}')]
+    other = decode(*told, done(call_item(arguments='{"b":1}'), output_index=0), completed())
+    assert other.calls == [("call_1", "f", '{"a":')], "what does not begin with it is no tail of it"
+
+
+TWO = [call_item(id="a", call_id="ca", arguments='{"a":1}'), call_item(id="b", call_id="cb", arguments='{"b":2}')]
+BARE = [{**item, "arguments": ""} for item in TWO]
+IDLESS = [{**item, "id": None} for item in BARE]
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        [
+            *(added(item, output_index=0) for item in BARE),
+            *pieces('{"a":', output_index=0, item_id="a"),
+            *pieces('{"b":2}', output_index=0, item_id="b"),
+            *pieces("1}", output_index=0, item_id="a"),
+        ],
+        [
+            *(added(item, output_index=n) for n, item in enumerate(BARE)),
+            *pieces('{"a":1}', output_index=0),
+            done(TWO[0], output_index=1),
+            *pieces('{"b":2}', output_index=1),
+        ],
+        [
+            added(BARE[0], output_index=0),
+            *pieces('{"b":', output_index=1, item_id="b"),
+            *pieces('{"a":1}', output_index=0, item_id="a"),
+            added(BARE[1], output_index=1),
+        ],
+        [
+            added(BARE[0]),
+            event("response.function_call_arguments.done", arguments='{"b":2}', item_id="b"),
+            *pieces('{"a":1}', item_id="a"),
+        ],
+        [
+            *map(added, IDLESS),
+            *pieces('{"a":', item_id="ca"),
+            *pieces('{"b":2}', item_id="cb"),
+            *pieces("1}", item_id="ca"),
+        ],
+        [*map(added, IDLESS), *pieces('{"b":2}')],
+        [added(IDLESS[0], output_index=0), *pieces('{"a":1}', item_id="fc_7"), *map(done, TWO)],
+        [
+            added({**BARE[0], "name": "f"}, output_index=0),
+            done({**BARE[0], "id": "x", "arguments": '{"a":1}'}, output_index=1),
+            *pieces('{"b":2}', output_index=1, item_id="b"),
+        ],
+    ],
+    ids=[
+        "one index",
+        "renumbered at the end",
+        "before it began",
+        "before it began, without an index",
+        "item_id is the call_id",
+        "no place",
+        "a name of another kind",
+        "at the index of one that ended",
+    ],
+)
+def test_arguments_go_to_their_own_call(stream: list[bytes]) -> None:
+    for end in (completed(*TWO), b"".join(map(done, TWO)) + completed()):
+        assert decode(*stream, end).calls == [("ca", "f", '{"a":1}'), ("cb", "f", '{"b":2}')]
+
+
+def test_arguments_that_come_whole_at_first_may_be_spelled_out_again() -> None:
+    place = {"output_index": 0, "item_id": "fc_1"}
+    whole, ends = call_item(arguments='{"a":1}'), event("response.function_call_arguments.done", arguments="", **place)
+    for spelled in ([], ['{"a":1}'], ['{"a"', ":1}"], ['{"a"']):
+        for end in ([], [ends], [done(whole, output_index=0)]):
+            outcome = decode(added(whole, output_index=0), *pieces(*spelled, **place), *end, completed())
+            assert outcome.calls == [("call_1", "f", '{"a":1}')]
+    for begun, rest in (('{"a"', ":1}"), ("{}", '{"a":1}')):
+        outcome = decode(added({**whole, "arguments": begun}, output_index=0), *pieces(rest, **place), completed())
+        assert outcome.calls == [("call_1", "f", '{"a":1}')], "or be begun, or stand for nothing"
+
+
+def test_arguments_behind_their_end_repeat_them() -> None:
+    place = {"output_index": 0, "item_id": "fc_1"}
+    whole = event("response.function_call_arguments.done", arguments='{"a":1}', **place)
+    for end in (whole, done(call_item(arguments='{"a":1}'), output_index=0)):
+        outcome = decode(added(call_item(), output_index=0), end, *pieces('{"a":', "1}", **place), completed())
+        assert outcome.calls == [("call_1", "f", '{"a":1}')]
+
+
+@pytest.mark.parametrize("empty", ["", None, True])
+def test_an_empty_id_names_nothing(empty: Any) -> None:
+    stream = []
+    for index, words in enumerate(["One.", "Two."]):
+        item = message(words, id=empty)
+        stream += [
+            added({**item, "content": []}, output_index=index),
+            text(words, item_id=empty, output_index=index),
+            done(item, output_index=index),
+        ]
+    calls = [call_item(id=empty, call_id=empty, arguments=f"[{n}]") for n in (1, 2)]
+    stream += [done(call, output_index=index) for index, call in enumerate(calls, 2)]
+    outcome = decode(*stream, completed(message("One.", id=empty), message("Two.", id=empty), *calls))
+    assert outcome.generation.content == "One.Two."
+    assert [arguments for *_, arguments in outcome.calls] == ["[1]", "[2]"]
 
 
 TEXT_EVENTS = {"message": "response.output_text", "reasoning": "response.reasoning_text"}

@@ -1,8 +1,9 @@
 """The tool calls of a response, which are spread over the events of its output items."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 import orjson
@@ -28,27 +29,58 @@ class EmitToolCall(Protocol):
     ) -> None: ...
 
 
-@dataclass(slots=True)
+_PLACES = ("item_id", "output_index")
+"""By which an event tells what call it is for."""
+
+_UNWRAPPED = -1
+"""The index of a wrapper whose calls were published in its stead."""
+
+_ELBOW_ROOM = 8
+"""How much longer the same arguments may be in other white space and escapes."""
+
+
+@dataclass(slots=True, eq=False)
 class _Call:
     id: str
     name: str
+    announced: str = ""
+    """Arguments of an item that merely began: the pieces may spell them out again."""
     index: int | None = None
     """Its number among the published ones; None while it is held back."""
     pieces: list[str] = field(default_factory=list)
     is_done: bool = False
+    has_ended: bool = False
+    """Whether its item has its end, which comes once, be it under another id."""
 
     @property
     def arguments(self) -> str:
-        return "".join(self.pieces)
+        """Joined once, however often they are asked for."""
+        if len(self.pieces) > 1:
+            self.pieces = ["".join(self.pieces)]
+        return self.pieces[0] if self.pieces else ""
+
+    def may_be(self, name: str, arguments: str) -> bool:
+        """Whether the item of another id may be this call."""
+        if self.has_ended or (name and self.name and name != self.name):
+            return False
+        said = self.arguments
+        if arguments.startswith(said):
+            return True
+        return len(said) <= _ELBOW_ROOM * len(arguments) and _canonical(said) == _canonical(arguments)
 
 
 class OutputCalls:
-    """Tool calls, from items, argument deltas and finished arguments in whatever mixture a server sends."""
+    """Tool calls, from items, argument deltas and finished arguments in whatever mixture a server sends.
+
+    A call is known by its call_id, its item's id, its index, in this order: servers give several calls one index, or
+    another one to an item that ends. Pieces that may be of a call which did not begin yet wait for the end of its item.
+    """
 
     def __init__(self, emit: EmitToolCall) -> None:
         self._emit = emit
         self._calls: list[_Call] = []
-        self._by_name: dict[tuple[str, Any], _Call] = {}
+        self._by_name: dict[tuple[str, int | str], _Call] = {}
+        self._kinds: set[str] = set()
         self._published = 0
         self._reasoning: list[Mapping[str, Any]] = []
         self._thoughts: set[Any] = set()
@@ -59,24 +91,27 @@ class OutputCalls:
 
     def settle(self, items: Iterable[Mapping[str, Any]]) -> None:
         """The final object has these calls. Another one may be any of them that is as yet unknown."""
-        ids = {_call_id(item) for item in items} - {""}
+        found = {self._named(item) for item in items}
         for call in reversed(self._calls):
-            if call.id not in ids:
+            if call not in found:
                 self._doubtful[call.name, _canonical(call.arguments)].append(call)
 
     def take_item(self, item: Mapping[str, Any], place: Mapping[str, Any], *, is_done: bool) -> None:
         """An item that is a call: added, done, or found in the final object."""
-        call_id, where = _call_id(item), {**place, "item_id": item.get("id")}
-        # The final object may leave out the call_id, and an item may take the index of another one.
-        call = None if _word(item.get("call_id")) else self._by_name.get(("item_id", call_id))
-        call = call or (self._by_name.get(("call_id", call_id)) if call_id else self._find(where))
-        name, arguments = _word(item.get("name")), item.get("arguments", item.get("input"))
-        if call is None and (call := self._taken_for(name, json_text(arguments))) is None:
-            call = self._open(call_id, name, json_text(arguments), where)
-        else:
-            self._remember(call, where)
+        name, arguments = _word(item.get("name")), json_text(item.get("arguments", item.get("input")))
+        where = {**place, "item_id": item.get("id")}
+        call = self._named(item)
+        if call is None and (is_done or not _call_id(item)):
+            call = self._taken_for(name, arguments, where)
+        if call is None:
+            call = self._open(_call_id(item), name, arguments if is_done else "")
+        self._complete_names(call, _call_id(item), name)
+        self._remember(call, _call_id(item), where, is_done=is_done)
         if is_done:
             self._complete(call, arguments)
+            call.has_ended = True
+        else:
+            call.announced = arguments
 
     def take_reasoning(self, item: Mapping[str, Any]) -> None:
         """Reasoning that only the provider can read, and must have back with the call that it led to."""
@@ -85,28 +120,29 @@ class OutputCalls:
             self._reasoning.append(item)
 
     def add(self, where: Mapping[str, Any], fragment: Any) -> None:
-        """A piece of a call's arguments."""
-        call = self._find(where) or self._latest()
-        if call is not None and isinstance(fragment, str) and fragment:
-            self._add(call, fragment)
+        """A piece of a call's arguments. What comes behind their end repeats them."""
+        call = self._find(where)
+        if call is None or call.is_done or not isinstance(fragment, str) or not fragment:
+            return
+        told = call.announced
+        if not (call.pieces or told.startswith(fragment) or fragment.startswith(told) or told == "{}"):
+            fragment = told + fragment
+        self._add(call, fragment)
 
     def complete(self, where: Mapping[str, Any], arguments: Any) -> None:
         """The whole arguments of a call, of which the pieces may have come already."""
-        call = self._find(where) or self._latest()
-        if call is not None:
-            self._complete(call, arguments)
+        if (call := self._find(where)) is not None:
+            self._complete(call, json_text(arguments))
 
     def end(self) -> None:
         """The response is over: publish what was held back and never got its end."""
         for call in self._calls:
+            self._complete(call, "")
             self._unwrap(call)
 
-    def _open(self, call_id: str, name: str, arguments: str, where: Mapping[str, Any]) -> _Call:
+    def _open(self, call_id: str, name: str, arguments: str) -> _Call:
         call = _Call(call_id, name, pieces=[arguments] if arguments else [])
         self._calls.append(call)
-        if call_id:
-            self._by_name["call_id", call_id] = call
-        self._remember(call, where)
         if name not in _WRAPPERS:
             self._publish(call)
         return call
@@ -123,14 +159,21 @@ class OutputCalls:
         if call.index is not None:
             self._emit(call.index, arguments=fragment)
 
-    def _complete(self, call: _Call, arguments: Any) -> None:
-        if call.is_done:
-            return
-        if not call.pieces and (text := json_text(arguments)):
-            self._add(call, text)
-        call.is_done = bool(call.pieces)
-        if call.is_done:
+    def _complete(self, call: _Call, arguments: str) -> None:
+        """Publish what of the arguments only their end brings."""
+        whole, said = arguments or call.announced, call.arguments
+        if call.index != _UNWRAPPED and len(whole) > len(said) and whole.startswith(said):
+            self._add(call, whole[len(said) :])
+        if call.pieces:
+            call.is_done = True
             self._unwrap(call)
+
+    def _complete_names(self, call: _Call, call_id: str, name: str) -> None:
+        """Publish what the item lacked when it began."""
+        news = {"call_id": "" if call.id else call_id, "name": "" if call.name else name}
+        call.id, call.name = call.id or call_id, call.name or name
+        if call.index not in (None, _UNWRAPPED) and any(news.values()):
+            self._emit(call.index, call_id=news["call_id"] or None, name=news["name"] or None)
 
     def _unwrap(self, call: _Call) -> None:
         """Publish the calls inside a wrapper, or the call itself if it is none after all."""
@@ -140,30 +183,45 @@ class OutputCalls:
         if not inner:
             self._publish(call)
             return
-        call.index = -1
+        call.index = _UNWRAPPED
         for number, (name, arguments) in enumerate(inner, 1):
             self._emit(self._published, call_id=f"{call.id}_{number}", name=name, arguments=arguments)
             self._published += 1
 
+    def _named(self, item: Mapping[str, Any]) -> _Call | None:
+        """The call that goes by an item's ids. The final object may leave out the call_id."""
+        if call_id := _word(item.get("call_id")):
+            return self._by_name.get(("call_id", call_id))
+        return next(self._at({"item_id": item.get("id")}), None)
+
+    def _taken_for(self, name: str, arguments: str, where: Mapping[str, Any]) -> _Call | None:
+        """A call under another id that says the same, stands in that place, or is just being told."""
+        alike = (self._doubtful.get((name, text)) for text in (_canonical(arguments), "")) if self._doubtful else ()
+        if (call := next((calls.pop() for calls in alike if calls), None)) is not None:
+            return call
+        told = (call for call in self._calls[-1:] if call.pieces)
+        return next((call for call in chain(self._at(where), told) if call.may_be(name, arguments)), None)
+
     def _find(self, where: Mapping[str, Any]) -> _Call | None:
-        for name in ("output_index", "item_id"):
-            if (call := self._by_name.get((name, place_name(where.get(name))))) is not None:
-                return call
-        return None
+        """The call that an event is for: the latest one, if no call is known by names of that kind."""
+        is_named = any(place_name(where.get(kind)) is not None for kind in self._kinds.intersection(_PLACES))
+        latest = [] if is_named else self._calls[-1:]
+        return next((call for call in chain(self._at(where), latest) if not call.has_ended), None)
 
-    def _taken_for(self, name: str, arguments: str) -> _Call | None:
-        """A call of the final object under an id of its own: the same one, as far as anybody can tell."""
-        alike = (self._doubtful.get((name, text)) for text in (_canonical(arguments), ""))
-        return next((calls.pop() for calls in alike if calls), None)
+    def _at(self, where: Mapping[str, Any]) -> Iterator[_Call]:
+        """The calls that a place may mean, the likeliest first. Some servers call an item by its call_id."""
+        item_id, index = place_name(where.get("item_id")), place_name(where.get("output_index"))
+        for kind, name in (("item_id", item_id), ("call_id", item_id), ("output_index", index)):
+            if name is not None and (call := self._by_name.get((kind, name))) is not None:
+                yield call
 
-    def _latest(self) -> _Call | None:
-        """The call that an event without a known place is for; a call that is done gets no more."""
-        return self._calls[-1] if self._calls and not self._calls[-1].is_done else None
-
-    def _remember(self, call: _Call, where: Mapping[str, Any]) -> None:
-        for name in ("output_index", "item_id"):
-            if (key := place_name(where.get(name))) is not None:
-                self._by_name[name, key] = call
+    def _remember(self, call: _Call, call_id: str, where: Mapping[str, Any], *, is_done: bool) -> None:
+        """Note a call's names. One that begins takes the index of another, one that ends does not."""
+        for kind, value in (("call_id", call_id or None), *((kind, where.get(kind)) for kind in _PLACES)):
+            if (name := place_name(value)) is not None:
+                self._kinds.add(kind)
+                if not (is_done and (kind, name) in self._by_name):
+                    self._by_name[kind, name] = call
 
 
 def _wrapped(arguments: str) -> list[tuple[str, str]]:

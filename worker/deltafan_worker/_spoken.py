@@ -160,4 +160,5 @@ def _words(text: str) -> bytes:
 
 
 def place_name(value: Any) -> int | str | None:
-    return value if isinstance(value, (int, str)) else None
+    """An id or an index. An empty one names nothing."""
+    return value if isinstance(value, (int, str)) and value != "" and not isinstance(value, bool) else None
