@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltafan_worker import _spoken
+from deltafan_worker._plain import whole_characters
 from deltafan_worker._responses import ResponsesDecoder
 from support.decoding import Outcome, cut_at
 
@@ -267,7 +268,7 @@ def test_what_may_have_been_said_is_not_said_again(place: dict[str, Any], said: 
     done = event("response.output_text.done", text="Hey", **{**NAMELESS, **place})
     for end in ([done], [event("response.output_item.done", output_index=0, item=item)], []):
         outcome = decode(text(said, **place), *end, completed(item, message("Yo")))
-        assert outcome.generation.content == said + "Yo"
+        assert outcome.generation.content == ("Hey" if said == "He" else said) + "Yo", "but for its tail"
 
 
 def test_the_end_of_a_text_may_leave_out_where_it_belongs_or_name_it_otherwise() -> None:
@@ -447,8 +448,8 @@ def test_parts_are_told_from_what_their_own_item_and_others_said() -> None:
     assert decode(completed(message(" "))).generation.content == " "
     refusal = {"type": "refusal", "refusal": "No."}
     mixed = message("-", id="msg_1", content=[refusal, {"type": "output_text", "text": "Hey"}])
-    generation = decode(text("He"), completed(mixed)).generation
-    assert (generation.content, generation.refusal) == ("He", "No."), (
+    generation = decode(text("Ha"), completed(mixed)).generation
+    assert (generation.content, generation.refusal) == ("Ha", "No."), (
         "an only text of its kind is the one that was said"
     )
 
@@ -702,6 +703,147 @@ def test_an_empty_id_names_nothing(empty: Any) -> None:
     assert [arguments for *_, arguments in outcome.calls] == ["[1]", "[2]"]
 
 
+@pytest.mark.parametrize(
+    ("said", "whole"),
+    [
+        (["Hello "], "Hello <"),
+        (["Hello"], "Hello <"),
+        (["Hello\n\n"], "Hello <"),
+        (["H", "ello"], " Hello\u3000World, 😀"),
+        (["世\ud83c", "\udf0d "], "世🌍 🌍"),
+    ],
+)
+def test_a_text_of_which_only_the_end_brings_the_tail(said: list[str], whole: str) -> None:
+    item, place = message(whole, id="msg_1"), {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+    added_, done_ = added({**item, "content": []}, output_index=0), done(item, output_index=0)
+    end = surrogates("response.output_text.done", text=whole, **place)
+    for names in ({}, NAMELESS, {"item_id": "other"}, {"content_index": None}):
+        told = [surrogates("response.output_text.delta", delta=piece, **{**place, **names}) for piece in said]
+        for ends in ([end], [done_], [end, done_], []):
+            generation = decode(added_, *told, *ends, completed(item)).generation
+            assert same(generation.content, whole), (names, ends)
+            assert "  " not in generation.content
+
+
+def surrogates(kind: str, **fields: Any) -> bytes:
+    """An event whose texts have halves of UTF-16 pairs."""
+    return b"data: " + json.dumps({"type": kind, **fields}).encode() + b"\n\n"
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two texts are the same but for white space and how pairs are written."""
+    return "".join(whole_characters(one).split()) == "".join(whole_characters(other).split())
+
+
+def test_a_tail_goes_on_with_what_it_ends() -> None:
+    place = {"item_id": "rs", "output_index": 0}
+    told = [
+        event("response.reasoning_summary_text.delta", delta=words, summary_index=n, **place)
+        for n, words in enumerate(["First.", "Sec"])
+    ]
+    item = {"type": "reasoning", "id": "rs", "summary": [{"text": "First."}, {"text": "Second."}]}
+    for end in (done(item, output_index=0), b""):
+        assert decode(*told, end, completed(item)).generation.reasoning == "First.\n\nSecond."
+    growing = [text(piece, content_index=n) for n, piece in enumerate(["He", "llo", " y"])]
+    assert decode(*growing, completed(message("Hello you", id="msg_1"))).generation.content == "Hello you"
+    late = [text("Hel", item_id="a", output_index=0), text("Yo", item_id="b", output_index=1)]
+    assert decode(*late, completed(message("Hello", id="a"), message("Yo", id="b"))).generation.content == "HelYolo"
+    turning = [text(piece, item_id=piece, output_index=None) for piece in ("He", "y")]
+    end = event("response.output_text.done", text="Hey", item_id="He", content_index=0)
+    assert decode(*turning, end, completed()).generation.content == "Hey", "no tail: another item may have said it"
+
+
+def test_a_text_under_the_index_of_another_item_is_published_once() -> None:
+    thought = {"type": "reasoning", "id": "rs", "summary": [], "content": [{"text": "Hm."}]}
+    told = [
+        event("response.reasoning_text.delta", delta="Hm.", item_id="rs", output_index=0),
+        text("Hey", item_id="m", output_index=0),
+    ]
+    renumbered = [*told[:1], done(thought, output_index=1), text("Hey", item_id="m", output_index=1)]
+    only_ends = [done(thought, output_index=1), text("Hey", item_id="m", output_index=1)]
+    for stream in (told, renumbered, [added({**thought, "content": []}, output_index=0), *renumbered], only_ends):
+        for end in ([], [done(message("Hey", id="m"), output_index=1)]):
+            generation = decode(*stream, *end, completed(thought, message("Hey", id="m"))).generation
+            assert (generation.reasoning, generation.content) == ("Hm.", "Hey")
+
+
+def test_items_without_ids_at_one_index_that_all_end_at_the_end() -> None:
+    thought, answer = {"type": "reasoning", "content": [{"text": "Hm."}]}, message("Hey", id=None)
+    stream = [
+        added({**thought, "content": []}, output_index=0),
+        event("response.reasoning_text.delta", delta="Hm.", output_index=0),
+        added({**answer, "content": []}, output_index=0),
+        text("Hey", item_id=None),
+        done(thought, output_index=0),
+        done(answer, output_index=0),
+    ]
+    for final in ([], [thought, answer]):
+        generation = decode(*stream, completed(*final)).generation
+        assert (generation.reasoning, generation.content) == ("Hm.", "Hey")
+
+
+def test_deltas_behind_their_end_repeat_it_or_go_on() -> None:
+    place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+    whole, item = event("response.output_text.done", text="Hey", **place), message("Hey", id="msg_1")
+    for end in (whole, done(item, output_index=0)):
+        assert decode(end, text("H"), text("ey"), completed(item)).generation.content == "Hey"
+        assert decode(end, text("H"), text("ey"), text(" "), text("you"), completed()).generation.content == "Hey you"
+    assert decode(text("Hey"), whole, text(" Hey"), completed()).generation.content == "Hey Hey"
+    assert decode(whole, text("Hey", content_index=1), completed()).generation.content == "HeyHey", "another part"
+
+
+@pytest.mark.parametrize("names", [NAMELESS, {"item_id": "old", "output_index": None}], ids=["nameless", "renamed"])
+def test_texts_without_names_that_hold_are_known_by_their_words(names: dict[str, Any]) -> None:
+    def told(*deltas: str) -> list[bytes]:
+        return [surrogates("response.output_text.delta", delta=piece, **names) for piece in deltas]
+
+    for deltas, whole in ((("Hi \ud83d", "\ude00!"), "Hi 😀!"), (("Hi\u00a0you",), "Hi you")):
+        assert len(decode(*told(*deltas), completed(message(whole))).deltas) == len(deltas)
+    longer = [message("I"), message("I have found it.")]
+    for end in (completed(*longer), b"".join(map(done, longer)) + completed(*longer)):
+        assert decode(*told("I"), end).generation.content == "II have found it."
+
+
+def test_a_whole_text_between_others_is_found_by_its_words() -> None:
+    told = [text("A", content_index=0), text("C", content_index=2)]
+    item = message("A", "B", "C", id="msg_1")
+    for end in ([done(item, output_index=0)], []):
+        assert decode(*told, *end, completed(item)).generation.content == "ACB", "a hole between parts"
+    bare = [text("A", item_id=None), text("C", item_id=None, output_index=1)]
+    items = [message(words, id=None) for words in "ABC"]
+    assert decode(*bare, completed(*items)).generation.content == "ACB", "a place that is another one's"
+
+
+def test_texts_that_only_parts_or_the_beginning_of_an_item_bring() -> None:
+    place = {"item_id": "i", "output_index": 0, "content_index": 0, "summary_index": 0}
+    for name, kind in (
+        ("content_part", "output_text"),
+        ("content_part", "reasoning_text"),
+        ("content_part", "refusal"),
+        ("reasoning_summary_part", "summary_text"),
+    ):
+        part = {"type": kind, "refusal" if kind == "refusal" else "text": "Hey"}
+        generation = decode(event(f"response.{name}.done", part=part, **place), completed()).generation
+        assert generation.content + generation.reasoning + generation.refusal == "Hey"
+    assert decode(event("response.content_part.done", part=None), completed()).deltas == []
+    begun = added(message("Hey", id="msg_1"), output_index=0)
+    for said in ([], [text("He")], [text("Hey")], [done(message("Hey", id="msg_1"))]):
+        assert decode(begun, *said, completed()).generation.content == "Hey"
+
+
+def test_ids_that_change_with_each_event_take_bounded_memory() -> None:
+    decoder, told = ResponsesDecoder(), [text(f" w{n}", item_id=f"{n}", output_index=None) for n in range(5_000)]
+    tracemalloc.start()
+    for piece in told:
+        decoder.feed(piece)
+        assert decoder.next_delta() is not None
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 150 * 5_000
+    whole = "".join(f" w{n}" for n in range(5_000))
+    assert len(decode(*told, completed(message(whole))).deltas) == 5_000
+
+
 TEXT_EVENTS = {"message": "response.output_text", "reasoning": "response.reasoning_text"}
 LEAVES_OUT = st.sampled_from(
     [
@@ -719,20 +861,27 @@ LEAVES_OUT = st.sampled_from(
 @st.composite
 def answers(draw: st.DrawFn) -> tuple[list[bytes], list[dict[str, Any]]]:
     """A stream that tells of each item by deltas, by the ends of its texts, by its own end, or not; and all items."""
-    left_out, begins, ends = draw(LEAVES_OUT), draw(st.booleans()), draw(st.booleans())
-    rotates, renames = "output_index" not in left_out and draw(st.booleans()), draw(st.booleans())
-    renumbers = begins and not (rotates or renames or "item_id" in left_out) and draw(st.booleans())
+    left_out, begins, ends, late = draw(LEAVES_OUT), draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    ids, renames = draw(st.sampled_from(["true", "empty", "rotating"])), draw(st.booleans())
+    has_ids = ids == "true" and "item_id" not in left_out
+    index_is = draw(st.sampled_from(["true", "one", "another at the end"])) if has_ids and not renames else "true"
     stream: list[bytes] = []
+    behind: list[bytes] = []
     output: list[dict[str, Any]] = []
     for index in range(draw(st.integers(1, 4))):
         kind, how = draw(st.sampled_from([*TEXT_EVENTS])), draw(st.sampled_from(["delta", "done", "item", "final"]))
         item = message(*(f"<{index}.{number}>" for number in range(draw(st.integers(1, 2)))), type=kind)
+        if ids == "empty":
+            item["id"] = ""
 
         def add(name: str, index: int = index, item: dict[str, Any] = item, **fields: Any) -> None:
-            id_ = f"{len(stream)}" if rotates else item["id"]
-            place = {"output_index": index, "item_id": id_, **fields}
+            id_ = f"{len(stream) + len(behind)}" if ids == "rotating" else item["id"]
+            place = {"output_index": 0 if index_is == "one" else index, "item_id": id_, **fields}
             kept = {key: value for key, value in place.items() if "text" not in name or key not in left_out}
-            stream.append(event(name, item={**item, "id": id_}, **kept))
+            content = [] if name.endswith("added") else item["content"]
+            (behind if late and name.endswith("done") else stream).append(
+                event(name, item={**item, "id": id_, "content": content}, **kept)
+            )
 
         if begins and how != "final":
             add("response.output_item.added")
@@ -741,9 +890,9 @@ def answers(draw: st.DrawFn) -> tuple[list[bytes], list[dict[str, Any]]]:
                 add(f"{TEXT_EVENTS[kind]}.delta", delta=piece, content_index=number)
             add(f"{TEXT_EVENTS[kind]}.done", text=part["text"], content_index=number)
         if how == "item" or (ends and how != "final"):
-            add("response.output_item.done", index=index + renumbers)
+            add("response.output_item.done", index=index + (index_is == "another at the end"))
         output.append({**item, "id": f"final_{index}"} if renames else item)
-    return stream, output
+    return [*stream, *behind], output
 
 
 @given(answers())

@@ -1,5 +1,6 @@
 """Responses: the typed events of OpenAI's API and of the servers that speak its dialects."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ _CALL_EVENTS = ("response.function_call_arguments", "response.custom_tool_call_i
 _CALL_ITEMS = ("function_call", "custom_tool_call")
 _TEXT_ITEMS = ("message", "reasoning")
 _PART_KINDS = {"output_text": CONTENT, "text": CONTENT, "refusal": REFUSAL}
+_PART_EVENTS = {"response.content_part.done": "content", "response.reasoning_summary_part.done": "summary"}
+_REASONING_PARTS = ("reasoning_text", "summary_text")
 _CUT_SHORT = {"max_output_tokens": "length", "max_tokens": "length"}
 
 
@@ -35,6 +38,7 @@ class ResponsesDecoder(FrameDecoder):
         super().__init__()
         self._spoken = Spoken()
         self._calls = OutputCalls(self._emit_tool_call)
+        self._announced: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
         self._paragraph: object = None
         self._whole = False
 
@@ -66,6 +70,8 @@ class ResponsesDecoder(FrameDecoder):
                 self._take_item(frame.get("item"), frame, is_done=False)
             case "response.output_item.done":
                 self._take_item(frame.get("item"), frame, is_done=True)
+            case "response.content_part.done" | "response.reasoning_summary_part.done":
+                self._take_part(frame, _PART_EVENTS[kind])
             case "response.output_text.annotation.added":
                 self._emit_annotations([frame.get("annotation")])
             case "response.audio.delta" | "response.output_audio.delta":
@@ -84,15 +90,22 @@ class ResponsesDecoder(FrameDecoder):
         if name not in _TEXT_EVENTS:
             return False
         kind, of = _TEXT_EVENTS[name]
-        number = frame.get(f"{of}_index")
-        part = of, number if isinstance(number, int) else None
+        part = _part(of, frame)
         if step == "delta":
-            # Parts of a summary are paragraphs, but for the break between them. Other numbers may grow with each delta.
-            paragraph = (frame.get("output_index"), number) if of == "summary" else of
-            self._say(kind, frame.get("delta"), frame, part, paragraph)
+            text = frame.get("delta")
+            if text and isinstance(text, str) and self._spoken.note(kind, text, frame, part):
+                # Parts of a summary are paragraphs, but for the break between them. Other numbers may grow.
+                self._say(kind, text, (frame.get("output_index"), part) if of == "summary" else of)
         elif step == "done":
             self._say_unless_said(kind, _text(kind, frame), frame, part)
         return True
+
+    def _take_part(self, frame: Mapping[str, Any], of: str) -> None:
+        """A finished part. Few servers send nothing else."""
+        if isinstance(part := frame.get("part"), dict):
+            name = str(part.get("type"))
+            if kind := REASONING if name in _REASONING_PARTS else _PART_KINDS.get(name):
+                self._say_unless_said(kind, _text(kind, part), frame, _part(of, frame))
 
     def _take_call(self, kind: str, frame: Mapping[str, Any]) -> bool:
         name, _, step = kind.rpartition(".")
@@ -115,24 +128,19 @@ class ResponsesDecoder(FrameDecoder):
             self._take_texts(item, where)
         elif kind in _TEXT_ITEMS:
             self._spoken.begin(where)
+            if item.get("content") or item.get("summary"):
+                self._announced.append((item, where))
 
     def _take_texts(self, item: Mapping[str, Any], where: Mapping[str, Any]) -> None:
         """What a finished item says."""
-        is_reasoning = item.get("type") == "reasoning"
-        if is_reasoning:
+        if item.get("type") == "reasoning":
             self._calls.take_reasoning(item)
-        # Providers that show their reasoning repeat it as a summary.
-        of = "content" if item.get("content") else "summary"
-        texts = [
-            (kind, _text(kind, part), (of, number), part.get("annotations"))
-            for number, part in enumerate(_objects(item.get(of)))
-            if (kind := REASONING if is_reasoning else _PART_KINDS.get(str(part.get("type"))))
-        ]
-        by_kind = {kind: [text for other, text, *_ in texts if other == kind] for kind in (CONTENT, REASONING, REFUSAL)}
-        said = {kind for kind, them in by_kind.items() if self._spoken.has_all(kind, "".join(them), where)}
+        texts = _texts(item)
+        said = {kind for kind, text in _by_kind(texts).items() if self._spoken.has_all(kind, text, where)}
+        parts = Counter(kind for kind, *_ in texts)
         for kind, text, part, annotations in texts:
             if kind not in said:
-                self._say_unless_said(kind, text, where, part, len(by_kind[kind]))
+                self._say_unless_said(kind, text, where, part, parts[kind])
             self._emit_annotations(annotations)
 
     def _take_response(self, kind: str, response: Mapping[str, Any], http_status: int | None) -> None:
@@ -152,11 +160,13 @@ class ResponsesDecoder(FrameDecoder):
     def _take_output(self, output: Any) -> None:
         """What the final object holds and no event brought. Its items' places need not be their output_index."""
         items = _objects(output)
-        self._spoken.settle(item.get("id") for item in items)
+        self._spoken.settle([(item.get("id"), _by_kind(_texts(item))) for item in items])
         self._calls.settle(items)
         for index, item in enumerate(items):
             is_call = item.get("type") in _CALL_ITEMS
             self._take_item(item, {} if is_call else {"output_index": index}, is_done=True)
+        for begun, where in self._announced:
+            self._take_texts(begun, where)
 
     def _reason(self, kind: str, response: Mapping[str, Any]) -> str:
         if kind == "response.incomplete":
@@ -165,9 +175,7 @@ class ResponsesDecoder(FrameDecoder):
             return _CUT_SHORT.get(reason, reason) if isinstance(reason, str) else "length"
         return "tool_calls" if self._calls else "stop"
 
-    def _say(self, kind: str, text: Any, where: Mapping[str, Any], part: Part, paragraph: object) -> None:
-        if not isinstance(text, str) or not text or not self._spoken.note(kind, text, where, part):
-            return
+    def _say(self, kind: str, text: str, paragraph: object) -> None:
         if kind == REASONING:
             if self._paragraph not in (None, paragraph):
                 self._emit(REASONING, "\n\n")
@@ -177,8 +185,28 @@ class ResponsesDecoder(FrameDecoder):
     def _say_unless_said(
         self, kind: str, text: str, where: Mapping[str, Any], part: Part, parts: int | None = None
     ) -> None:
-        if text and not self._spoken.may_have(kind, text, where, part, parts):
-            self._say(kind, text, where, part, paragraph=object())
+        if text and (rest := self._spoken.rest(kind, text, where, part, parts)):
+            self._say(kind, rest, object() if rest is text else self._paragraph)
+
+
+def _part(of: str, frame: Mapping[str, Any]) -> Part:
+    number = frame.get(f"{of}_index")
+    return of, number if isinstance(number, int) else None
+
+
+def _texts(item: Mapping[str, Any]) -> list[tuple[str, str, Part, Any]]:
+    """What a message or a piece of reasoning says: kind, text, part and sources of each."""
+    # Providers that show their reasoning repeat it as a summary.
+    of = "content" if item.get("content") else "summary"
+    return [
+        (kind, _text(kind, part), (of, number), part.get("annotations"))
+        for number, part in enumerate(_objects(item.get(of)))
+        if (kind := REASONING if item.get("type") == "reasoning" else _PART_KINDS.get(str(part.get("type"))))
+    ]
+
+
+def _by_kind(texts: list[tuple[str, str, Part, Any]]) -> dict[str, str]:
+    return {kind: "".join(text for other, text, *_ in texts if other == kind) for kind in {kind for kind, *_ in texts}}
 
 
 def _text(kind: str, holder: Mapping[str, Any]) -> str:

@@ -1,15 +1,28 @@
 """Which texts were published already, of all that is sent again when a part, an item or the response ends."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any
+
+from deltafan_worker._plain import whole_characters
 
 Part = tuple[str, int | None]
 """Which text of an item: of its `content` or its `summary`, and its number there. Many servers do not number them."""
 
 SEARCHED_BYTES = 2**25
-"""How much is searched for texts that come again in another order: some 30 ms. From then on they count as news."""
+"""How much is searched for texts that come again in another order: some 30 ms. From then on they count as news.
+
+Of each kind of text, in each item and in all of them.
+"""
+
+_MOST_ITEMS = 1_024
+"""From then on unknown names count as none: some servers give each event an id of its own."""
+
+_HIGHEST_NUMBER = 1_023
+"""Parts with higher numbers are one. Some servers number each delta."""
+
+_WIDE_SPACES = re.compile(r"[^\S\x00-\x7f]")
 
 
 @dataclass(slots=True, eq=False)
@@ -18,8 +31,19 @@ class _Words:
 
     words: bytearray = field(default_factory=bytearray)
     place: int = 0
-    """Behind what was found last: what is sent again mostly comes in its order."""
+    """Behind what came whole, or has its end: what is sent again mostly comes in its order."""
     patience: int = field(default_factory=lambda: SEARCHED_BYTES)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something was said that has no end yet."""
+        return self.place < len(self.words)
+
+    def add(self, words: bytes, *, is_whole: bool) -> None:
+        is_next = is_whole and not self.is_open
+        self.words += words
+        if is_next:
+            self.place = len(self.words)
 
     def have(self, words: bytes, own: bytes | bytearray = b"") -> bool:
         """Whether this was said, and by another than the one who said `own` of it all."""
@@ -35,31 +59,78 @@ class _Words:
             self.place = at + len(words)
         return at >= 0
 
+    def begun(self, words: bytes, since: int) -> int:
+        """How many bytes of a whole text were said, if what was said since then is its beginning; 0 if it is not."""
+        size = len(self.words) - since
+        return size if 0 < size < len(words) and words.startswith(self.words[since:]) else 0
+
 
 @dataclass(slots=True, eq=False)
 class _Said(_Words):
     """What was said of one kind in one item."""
 
     of: str = ""
-    """Which of its forms was said: providers that show their reasoning repeat it as a summary."""
-    low: float = inf
-    high: float = -inf
+    """Which of its forms was said: providers that show their reasoning repeat it as a summary. "" if nobody knows."""
+    numbers: int = 0
+    """A bit for each part of which something was said."""
+    last: int | None = -1
     are_numbered: bool = True
+    echo: int | None = None
+    """From here on it came whole, and deltas may spell it out again."""
+    half: str = ""
+    """The first half of a UTF-16 pair. The next delta has the other one."""
+    is_spaced: bool = False
+    """Whether it ends with white space."""
 
-    def note_part(self, number: int | None) -> None:
+    def begin_part(self, number: int | None) -> None:
+        """What comes now has this number."""
+        if not self.of:
+            number = None
+        if number == self.last:
+            return
+        self.last, self.place, self.echo = number, len(self.words), None
         if number is None:
             self.are_numbered = False
         else:
-            self.low, self.high = min(self.low, number), max(self.high, number)
+            self.numbers |= _bit(number)
 
-    def may_have(self, words: bytes, number: int | None, parts: int | None) -> bool:
-        if number is None or parts == 1 or self.low <= number <= self.high:
+    def has_part(self, words: bytes, number: int | None, parts: int | None) -> bool:
+        """Whether some of this part was said, as far as numbers tell."""
+        if not self.of:
+            return self.is_open and parts in (None, 1)
+        if number is None or parts == 1 or self.numbers & _bit(number):
             return True
-        return not (parts and self.are_numbered) and self.have(words)
+        return not self.are_numbered and self.begun(words, self.place) > 0
+
+    def joined(self, text: str) -> str:
+        """A delta, with the half of a pair that the last one left."""
+        text, self.half = self.half + text, ""
+        if "\ud800" <= text[-1] <= "\udbff":
+            text, self.half = text[:-1], text[-1]
+        return text
+
+    def repeats(self, words: bytes) -> bool:
+        """Whether a delta spells out what came whole."""
+        if self.echo is None or self.echo == len(self.words) or not self.words.startswith(words, self.echo):
+            self.echo = None
+        else:
+            self.echo += len(words)
+        return self.echo is not None
+
+    def end(self, words: bytes, number: int | None, parts: int | None) -> int:
+        """A part has its end. How many bytes of it were said, if only its beginning was; or else 0."""
+        if self.are_numbered and number not in (None, self.last) and parts != 1:
+            return 0
+        size = self.begun(words, self.place) or self.begun(words, 0)
+        is_next = self.words.startswith(words, self.place)
+        self.place = self.place + len(words) if is_next else len(self.words)
+        return size
 
 
 @dataclass(slots=True, eq=False)
 class _Item:
+    id: int | str | None = None
+    """None while it has none, or goes by several ones."""
     is_certain: bool = False
     """Whether its texts can be told from those of other items: not while they may go by another name."""
     said: dict[str, _Said] = field(default_factory=dict)
@@ -70,82 +141,165 @@ class Spoken:
 
     Each is known by its item and its part. An item is known by its id, by its index where there is no id or another one
     in each event. Servers that leave both out, or number their items anew, have their texts known by the words: what
-    may have been said was said. The final object clears some of it up, as it shows which ids are true.
+    may have been said was said. The final object clears some of it up, as it shows which ids are true. What comes only
+    with an end is published behind all that came before it, be it of a later item.
     """
 
     def __init__(self) -> None:
         self._nameless = _Item()
-        self._items = [self._nameless]
+        self._items: list[_Item] = []
         self._by_name: dict[tuple[str, int | str], _Item] = {}
         self._together: dict[tuple[str, bool], _Words] = {}
+        self._speakers: dict[str, _Item] = {}
+        """Of each kind, the item that said something last."""
         self._is_settled = False
 
     def begin(self, where: Mapping[str, Any]) -> None:
         """An item begins, maybe at the index of another one. Its texts may leave out its id."""
         if (item_id := place_name(where.get("item_id"))) is None or ("item_id", item_id) not in self._by_name:
-            self._open(where).is_certain = True
+            item = self._open(where)
+            item.is_certain = item is not self._nameless
 
     def note(self, kind: str, text: str, where: Mapping[str, Any], part: Part) -> bool:
-        """This is to be said there. False if that item is already being said in its other form."""
-        item, (of, number) = self._find(where) or self._open(where), part
-        if (said := item.said.get(kind)) is None:
-            said = item.said[kind] = _Said(of=of)
-        elif said.of != of and item is not self._nameless:
+        """A delta. False if it is not to be said: it repeats what came whole, or says it in the item's other form."""
+        item, (of, number) = self._item(where), part
+        said = self._said(item, kind, of)
+        if said.of not in ("", of):
             return False
-        words = _words(text)
-        said.words += words
-        if number != said.high:
-            said.note_part(number)
-        if self._together and (together := self._together.get((kind, item.is_certain))):
-            together.words += words
+        said.begin_part(number)
+        words = _words(said.joined(text))
+        if said.repeats(words):
+            return False
+        self._add(kind, item, text, words, is_whole=False)
         return True
 
     def has_all(self, kind: str, text: str, where: Mapping[str, Any]) -> bool:
         """Whether an item's texts are what was said of it, whatever the numbers of its parts."""
-        item = self._find(where)
-        said = item.said.get(kind) if item else None
-        return said is not None and said.words == _words(text)
-
-    def may_have(self, kind: str, text: str, where: Mapping[str, Any], part: Part, parts: int | None = None) -> bool:
-        """Whether a whole text was said, or may have been; `parts` is how many texts of that kind its item has."""
         item, words = self._find(where), _words(text)
+        said = item.said.get(kind) if item else None
+        if said is None or not words or not said.words.endswith(words):
+            return False
+        said.place = len(said.words)
+        return True
+
+    def rest(self, kind: str, text: str, where: Mapping[str, Any], part: Part, parts: int | None = None) -> str:
+        """What of a whole text is to be said now: what was not said yet, nor may have been.
+
+        `parts` is how many texts of that kind its item has.
+        """
+        (of, number), words = part, _words(text)
+        item = self._find_whole(kind, words, where)
         own = item.said.get(kind) if item else None
-        if own and own.may_have(words, part[1], parts):
-            return True
-        is_known = self._is_settled or item not in (None, self._nameless)
+        if own and item:
+            if own.of not in ("", of):
+                return ""
+            if own.has_part(words, number, parts):
+                return self._tail(kind, item, text, words, own.end(words, number, parts))
+            if not (parts and own.are_numbered and self._is_sure(item, where)) and own.have(words):
+                return ""
+        if (rest := self._rest_of_others(kind, text, words, item)) is not None:
+            return rest
+        self._add_whole(kind, self._item(where) if item else self._open(where), text, words, part)
+        return text
+
+    def settle(self, items: Sequence[tuple[Any, Mapping[str, str]]]) -> None:
+        """The final object has these items: id, texts by kind. What was said of another one may be of any of them."""
+        self._is_settled = True
+        found = {self._by_name.get(("item_id", key)) for name, _ in items if (key := place_name(name)) is not None}
+        for item in self._items:
+            item.is_certain = item in found and item.id is not None
+        self._together.clear()
+        texts = [{kind: _words(text) for kind, text in by_kind.items()} for _, by_kind in items]
+        anywhere = {pair for by_kind in texts for pair in by_kind.items()}
+        for name, item in list(self._by_name.items()):
+            if name[0] == "output_index" and (item.is_certain or _is_elsewhere(item, texts, anywhere, name[1])):
+                del self._by_name[name]
+
+    def _rest_of_others(self, kind: str, text: str, words: bytes, item: _Item | None) -> str | None:
+        """The rest of a whole text that other items said or began, as far as words tell; None if none of them did."""
+        own = item.said.get(kind) if item else None
+        is_known = self._is_settled or bool(item and item.id is not None)
         for is_certain in (False,) if is_known else (False, True):
             others = self._of_several(kind, is_certain=is_certain)
             among_them = own.words if own and item and item.is_certain == is_certain else b""
-            is_begun = others.words and not among_them and others.words in words
-            if is_begun or others.have(words, among_them):
-                return True
-        return False
+            if others.have(words, among_them):
+                return ""
+            speaker = None if among_them else self._speakers.get(kind)
+            if speaker is None or speaker.is_certain != is_certain or not speaker.said[kind].is_open:
+                continue
+            if size := others.begun(words, others.place):
+                speaker.said[kind].place, others.place = len(speaker.said[kind].words), len(others.words)
+                return self._tail(kind, speaker, text, words, size)
+        return None
 
-    def settle(self, ids: Iterable[Any]) -> None:
-        """The final object has these items. What was said of another may be of any of them."""
-        self._is_settled = True
-        found = {self._by_name.get(("item_id", key)) for item_id in ids if (key := place_name(item_id)) is not None}
-        for item in self._items:
-            item.is_certain = item in found
-        self._together.clear()
-        self._by_name = {
-            name: item for name, item in self._by_name.items() if name[0] == "item_id" or not item.is_certain
-        }
+    def _add_whole(self, kind: str, item: _Item, text: str, words: bytes, part: Part) -> None:
+        said = self._said(item, kind, part[0])
+        said.begin_part(part[1])
+        said.echo = len(said.words) if said.of else None
+        self._add(kind, item, text, words, is_whole=True)
+
+    def _tail(self, kind: str, item: _Item, text: str, words: bytes, size: int) -> str:
+        """What of a text is behind so many bytes that its item said; "" if another one may have said it."""
+        if not size or not (item.is_certain or self._speakers[kind] is item):
+            return ""
+        rest = _behind(text, size)
+        rest = rest.lstrip() if item.said[kind].is_spaced else rest
+        self._add(kind, item, rest, words[size:], is_whole=True)
+        return rest
+
+    def _add(self, kind: str, item: _Item, text: str, words: bytes, *, is_whole: bool) -> None:
+        said = item.said[kind]
+        said.add(words, is_whole=is_whole)
+        said.is_spaced = text[-1].isspace()
+        self._speakers[kind] = item
+        if self._together and (together := self._together.get((kind, item.is_certain))):
+            together.add(words, is_whole=is_whole)
 
     def _of_several(self, kind: str, *, is_certain: bool) -> _Words:
         """What all certain or all uncertain items say, gathered once."""
         if (words := self._together.get((kind, is_certain))) is None:
-            items = [item for item in self._items if item.is_certain == is_certain and kind in item.said]
+            several = (*self._items, self._nameless)
+            items = [item for item in several if item.is_certain == is_certain and kind in item.said]
             words = _Words(bytearray().join(item.said[kind].words for item in items))
             self._together[kind, is_certain] = words
         return words
 
-    def _open(self, where: Mapping[str, Any]) -> _Item:
-        self._items.append(item := _Item(is_certain=self._is_settled))
-        for name in ("output_index", "item_id"):
-            if (key := place_name(where.get(name))) is not None:
-                self._by_name[name, key] = item
+    def _said(self, item: _Item, kind: str, of: str) -> _Said:
+        if (said := item.said.get(kind)) is None:
+            said = item.said[kind] = _Said(of="" if item is self._nameless else of)
+        return said
+
+    def _item(self, where: Mapping[str, Any]) -> _Item:
+        """The item in which something is to be said."""
+        if (item := self._find(where)) is None:
+            return self._open(where)
+        if place_name(where.get("item_id")) not in (None, item.id):
+            item.id = None
         return item
+
+    def _open(self, where: Mapping[str, Any]) -> _Item:
+        if len(self._items) >= _MOST_ITEMS:
+            return self._nameless
+        item_id, index = place_name(where.get("item_id")), place_name(where.get("output_index"))
+        self._items.append(item := _Item(item_id, is_certain=self._is_settled))
+        if item_id is not None:
+            self._by_name["item_id", item_id] = item
+        if index is not None:
+            self._by_name["output_index", index] = item
+        return item
+
+    def _is_sure(self, item: _Item, where: Mapping[str, Any]) -> bool:
+        """Whether these names are no other item's."""
+        if self._is_settled:
+            return item.is_certain
+        return item.id is not None and place_name(where.get("item_id")) in (None, item.id)
+
+    def _find_whole(self, kind: str, words: bytes, where: Mapping[str, Any]) -> _Item | None:
+        """The item of a whole text: none if an item with an id of its own is at that index and said something else."""
+        item, item_id = self._find(where), place_name(where.get("item_id"))
+        own = item.said.get(kind) if item and item_id is not None and item.id not in (None, item_id) else None
+        is_another = own and not (self._is_settled or own.begun(words, own.place) or own.have(words))
+        return None if is_another else item
 
     def _find(self, where: Mapping[str, Any]) -> _Item | None:
         item_id, index = place_name(where.get("item_id")), place_name(where.get("output_index"))
@@ -155,10 +309,42 @@ class Spoken:
         return by_id or (None if index is None else self._by_name.get(("output_index", index)))
 
 
-def _words(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass").translate(None, b" \t\n\v\f\r")
+def _is_elsewhere(
+    item: _Item, texts: Sequence[Mapping[str, bytes]], anywhere: Container[tuple[str, bytes]], index: int | str
+) -> bool:
+    """Whether the texts of an item stand among others, but at another index than its own."""
+    here = texts[index] if isinstance(index, int) and 0 <= index < len(texts) else {}
+    own = {kind: bytes(said.words) for kind, said in item.said.items()}
+    return any(here.get(kind) != words and (kind, words) in anywhere for kind, words in own.items())
 
 
 def place_name(value: Any) -> int | str | None:
     """An id or an index. An empty one names nothing."""
     return value if isinstance(value, (int, str)) and value != "" and not isinstance(value, bool) else None
+
+
+def _words(text: str) -> bytes:
+    if not text.isascii():
+        text = _WIDE_SPACES.sub("", text)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        data = whole_characters(text).encode()
+    return data.translate(None, b" \t\n\v\f\r\x1c\x1d\x1e\x1f")
+
+
+def _behind(text: str, size: int) -> str:
+    """What of a text is behind so many bytes of its words."""
+    start, end = 0, len(text)
+    while end - start > 1:
+        middle = (start + end) // 2
+        between = len(_words(text[start:middle]))
+        if between >= size:
+            end = middle
+        else:
+            start, size = middle, size - between
+    return text[end:]
+
+
+def _bit(number: int) -> int:
+    return 1 << min(max(number, 0), _HIGHEST_NUMBER)
