@@ -431,6 +431,9 @@ def test_renamed_texts_are_found_in_their_order_however_many(monkeypatch: pytest
     monkeypatch.setattr(_spoken, "SEARCHED_BYTES", 200_000)
     left_out = text("what the final object leaves out", item_id="m", output_index=None)
     assert len(decode(left_out, *in_many_items("renamed", 800)).deltas) == 801
+    monkeypatch.setattr(_spoken, "SEARCHED_BYTES", 1)
+    ends = [done(message(words)) for words in ("Yo", "Hey")]
+    assert decode(text("Hey", **NAMELESS), *ends, completed()).generation.content == "HeyYo"
 
 
 def test_parts_are_told_from_what_their_own_item_and_others_said() -> None:
@@ -593,6 +596,19 @@ def test_a_call_at_the_place_of_another_is_another_one() -> None:
     assert len(decode(*told, final).calls) == 2, "and what was taken for one is not taken for another"
 
 
+def test_an_end_without_any_name_that_holds_is_of_the_call_that_is_told() -> None:
+    told = [added(call_item(), output_index=0), *pieces('{"a":1}', output_index=0)]
+    end = done(call_item(id="x", call_id="y", arguments='{"a":1}'), output_index=1)
+    assert decode(*told, end, completed()).calls == [("call_1", "f", '{"a":1}')]
+    assert len(decode(*told[:1], end, completed()).calls) == 2, "but of none that was not told"
+    wrapper = call_item(name="parallel", call_id=None, id=None, arguments=WRAPPED)
+    longer = {**wrapper, "call_id": "c", "arguments": WRAPPED + " "}
+    for index in (0, 1):
+        ends = [done(wrapper, output_index=0), done(longer, output_index=index)]
+        indexes = [json.loads(data)["index"] for _, data in decode(*ends, completed()).deltas]
+        assert min(indexes) == 0
+
+
 def test_arguments_of_which_only_the_end_brings_the_tail() -> None:
     place = {"output_index": 0, "item_id": "fc_1"}
     told = [added(call_item(), output_index=0), *pieces('{"a":', **place)]
@@ -676,6 +692,12 @@ def test_arguments_that_come_whole_at_first_may_be_spelled_out_again() -> None:
     for begun, rest in (('{"a"', ":1}"), ("{}", '{"a":1}')):
         outcome = decode(added({**whole, "arguments": begun}, output_index=0), *pieces(rest, **place), completed())
         assert outcome.calls == [("call_1", "f", '{"a":1}')], "or be begun, or stand for nothing"
+
+
+def test_pieces_for_a_call_that_ended_without_arguments_are_another_ones() -> None:
+    ended = [added(BARE[0], output_index=0), done(BARE[0], output_index=1)]
+    told = [*ended, *pieces('{"b":2}', output_index=1, item_id="b"), done(TWO[1], output_index=2)]
+    assert decode(*told, completed()).calls == [("ca", "f", "{}"), ("cb", "f", '{"b":2}')]
 
 
 def test_arguments_behind_their_end_repeat_them() -> None:
@@ -804,6 +826,26 @@ def test_texts_without_names_that_hold_are_known_by_their_words(names: dict[str,
         assert decode(*told("I"), end).generation.content == "II have found it."
 
 
+def test_texts_of_items_without_names_that_only_their_ends_bring() -> None:
+    told, bare = text("One.", **NAMELESS), {"id": None}
+    ends = [done(message("One.", **bare)), done(message("Two.", **bare)), done(message("Three.", "Four.", **bare))]
+    assert decode(told, *ends, completed()).generation.content == "One.Two.Three.Four."
+    assert decode(told, ends[2], *ends[:2], completed()).generation.content == "One.Three.Four.Two."
+    late = [told, text("Two", **NAMELESS)]
+    parts = [event("response.output_text.done", text=words) for words in ("One.", "Two.")]
+    assert decode(*late, *parts, completed()).generation.content == "One.Two."
+
+
+def test_parts_with_one_number_at_one_index_are_published_once() -> None:
+    stream = []
+    for id_, words in (("a", ("A", "B")), ("b", ("C", "D"))):
+        stream += [text(word, item_id=id_) for word in words]
+        stream.append(done(message(*words, id=id_), output_index=0))
+    for names in ({}, {"id": None}):
+        final = completed(message("A", "B", id="a") | names, message("C", "D", id="b") | names)
+        assert decode(*stream, final).generation.content == "ABCD"
+
+
 def test_a_whole_text_between_others_is_found_by_its_words() -> None:
     told = [text("A", content_index=0), text("C", content_index=2)]
     item = message("A", "B", "C", id="msg_1")
@@ -825,7 +867,7 @@ def test_texts_that_only_parts_or_the_beginning_of_an_item_bring() -> None:
         part = {"type": kind, "refusal" if kind == "refusal" else "text": "Hey"}
         generation = decode(event(f"response.{name}.done", part=part, **place), completed()).generation
         assert generation.content + generation.reasoning + generation.refusal == "Hey"
-    assert decode(event("response.content_part.done", part=None), completed()).deltas == []
+    assert decode(event("response.content_part.done", part="Hey"), completed()).deltas == []
     begun = added(message("Hey", id="msg_1"), output_index=0)
     for said in ([], [text("He")], [text("Hey")], [done(message("Hey", id="msg_1"))]):
         assert decode(begun, *said, completed()).generation.content == "Hey"

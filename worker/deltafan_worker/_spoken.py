@@ -40,9 +40,8 @@ class _Words:
         return self.place < len(self.words)
 
     def add(self, words: bytes, *, is_whole: bool) -> None:
-        is_next = is_whole and not self.is_open
         self.words += words
-        if is_next:
+        if is_whole:
             self.place = len(self.words)
 
     def have(self, words: bytes, own: bytes | bytearray = b"") -> bool:
@@ -56,7 +55,7 @@ class _Words:
         if own:
             return self.words.count(words) > own.count(words)
         if (at := self.words.find(words)) >= 0:
-            self.place = at + len(words)
+            self.place = max(self.place, at + len(words))
         return at >= 0
 
     def begun(self, words: bytes, since: int) -> int:
@@ -253,7 +252,7 @@ class Spoken:
         said.is_spaced = text[-1].isspace()
         self._speakers[kind] = item
         if self._together and (together := self._together.get((kind, item.is_certain))):
-            together.add(words, is_whole=is_whole)
+            together.add(words, is_whole=is_whole and not together.is_open)
 
     def _of_several(self, kind: str, *, is_certain: bool) -> _Words:
         """What all certain or all uncertain items say, gathered once."""
