@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import orjson
 import pytest
 from redis.asyncio import Redis
 
@@ -88,6 +89,60 @@ async def test_a_wrong_request_behind_others_tells_what_was_sent(redis: Redis, p
     with pytest.raises(InvalidRequest, match=r"^messages: a non-empty list") as caught:
         await producer.submit(model="m", messages=[])
     assert caught.value.job_ids == ()
+
+
+async def test_an_id_that_is_given_twice_at_once_is_one_job(redis: Redis, producer: Producer) -> None:
+    request = {"model": "m", "messages": HI}
+    jobs = await producer.submit_many(request | {"job_id": job_id} for job_id in ("a", "b", "a"))
+    assert [(job.id, job.created) for job in jobs] == [("a", True), ("b", True), ("a", False)]
+    with pytest.raises(JobConflict, match="job c"):
+        await producer.submit_many([request | {"job_id": "c"}, request | {"job_id": "c", "model": "n"}])
+    assert await redis.zrange(QUEUE, 0, -1) == [b"a", b"b", b"c"]
+    assert orjson.loads(await redis.get("arq:job:c"))["k"]["model"] == "m"
+
+
+async def test_jobs_of_both_lanes_and_many_tenants_go_where_they_belong(redis: Redis, producer: Producer) -> None:
+    lanes = {"interactive": [0, 1, 2, 7], "batch": [3, 4, 5, 6]}
+    lane_of = {number: lane for lane, numbers in lanes.items() for number in numbers}
+    jobs = await producer.submit_many(
+        {"model": "m", "messages": HI, "job_id": f"j{n}", "lane": lane_of[n], "tenant": "x" if n < 6 else "y"}
+        for n in range(8)
+    )
+    assert [job.id for job in jobs] == [f"j{n}" for n in range(8)]
+    assert await redis.zrange(QUEUE, 0, -1) == [b"j0", b"j1", b"j2", b"j7"]
+    places = await redis.zrange("deltafan:queue:batch", 0, -1, withscores=True)
+    assert places == [(b"j3", 2), (b"j6", 2), (b"j4", 3), (b"j5", 4)], "the tenants take turns"
+    for lane in lanes:
+        assert await redis.execute_command("LLEN", f"deltafan:queue:{lane}:bell") == 4
+
+
+async def test_a_lane_that_gets_full_refuses_the_rest(redis: Redis, redis_url: str) -> None:
+    ids = [f"j{n}" for n in range(20)]
+    requests = [{"model": "m", "messages": HI, "job_id": job_id} for job_id in ids]
+    async with Producer.connect(redis_url, max_queued=15) as producer:
+        with pytest.raises(QueueFull, match="j15"):
+            await producer.submit_many(requests)
+        assert [job.created for job in await producer.submit_many(requests[:15])] == [False] * 15
+    assert {job_id.decode() for job_id in await redis.zrange(QUEUE, 0, -1)} == set(ids[:15])
+    assert len(await redis.keys("*:state")) == 15, "of what was refused nothing is left"
+
+
+async def test_large_requests_are_not_gathered_into_one_call(
+    producer: Producer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server holds a call's arguments as a whole, and nobody else is served while it runs."""
+    run_many, sizes = producer._queue.run_many, list[list[int]]()
+
+    async def looked_at(script: Script, calls: Sequence[ScriptCall], *more: bytes) -> list[Any]:
+        sizes.extend([len(arg) for arg in args if isinstance(arg, bytes)] for _, args in calls)
+        return await run_many(script, calls, *more)
+
+    monkeypatch.setattr(producer._queue, "run_many", looked_at)
+    texts = ["x" * 50_000, "x" * 50_000, "x" * 10_000, "x" * 1_000_000, *["x"] * 60]
+    jobs = await producer.submit_many({"model": "m", "messages": [{"role": "user", "content": t}]} for t in texts)
+    assert len({job.id for job in jobs}) == len(texts)
+    assert [len(call) for call in sizes] == [1, 2, 1, 25, 25, 10]
+    assert all(sum(call) <= 64 * 1024 for call in sizes if len(call) > 1)
 
 
 @pytest.mark.parametrize("fate", ["queued", "has run"])

@@ -68,8 +68,8 @@ class LogMachine(RuleBasedStateMachine):
         self.cancelled = False
         self.damaged = False
         self.runs = 0
-        args = ("digest", LIVE, "", "", "")
-        assert self.script("submit", args, package="deltafan", using=("common", "enqueue"))[0] == b"NEW"
+        args = (LIVE, "", "", "", 0, 0, "digest", "")
+        assert self.script("submit", args, package="deltafan", using=("common", "enqueue")) == [[b"NEW", b"queued"]]
 
     def teardown(self) -> None:
         if hasattr(self, "redis"):

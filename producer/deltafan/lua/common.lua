@@ -1,8 +1,15 @@
 -- Shared by every script that touches a job.  KEYS[1..3]: events, state, result (one slot).
 -- Nothing a script writes is rolled back, so each checks everything first and writes afterwards.
-local EVENTS, STATE, RESULT = KEYS[1], KEYS[2], KEYS[3]
-local REQUEST = string.sub(EVENTS, 1, -7) .. 'request'
-local BELL = string.sub(EVENTS, 1, -7) .. 'bell'
+local EVENTS, STATE, RESULT, REQUEST, BELL
+
+-- Turn to the job whose keys begin there: what follows is about that one.
+local function turn_to(first)
+  EVENTS, STATE, RESULT = KEYS[first], KEYS[first + 1], KEYS[first + 2]
+  local job = string.sub(EVENTS, 1, -7)
+  REQUEST, BELL = job .. 'request', job .. 'bell'
+end
+turn_to(1)
+
 local TERMINAL = { completed = true, failed = true, cancelled = true }
 
 local function now_ms()

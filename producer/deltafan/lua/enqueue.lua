@@ -1,14 +1,11 @@
 -- Writes arq's job record and queue entry, and rings.  One definition for both ways to reach it: alone on the
 -- queue's server, or behind submit.lua in the same call when both live on one server.
---   ring   '1' to wake an idle worker; a bulk submit rings for some of its jobs only
 --   tenant whose turn it is decides the order; false: first come, first served
 -- is_queued(…): whether that has been done, by whoever died before we were told, and is not over.
 -- waiting(queue): how many jobs nobody has claimed; a claimed one's score is the end of its lease.
 -- A result that arq still keeps does not stand in the way: the job's own state decides whether it may run.
-local function server_ms()
-  local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
-end
+local TIME = redis.call('TIME') -- the same throughout a script
+local SERVER_MS = TIME[1] * 1000 + math.floor(TIME[2] / 1000)
 
 -- Jobs that wait for the limits of their model; see limits.lua of the worker.
 local function lots(queue)
@@ -18,7 +15,7 @@ local function lots(queue)
 end
 
 local function waiting(queue)
-  local count = redis.call('ZCOUNT', queue, '-inf', server_ms())
+  local count = redis.call('ZCOUNT', queue, '-inf', SERVER_MS)
   for _, lot in ipairs(lots(queue)) do count = count + redis.call('ZCARD', lot) end
   return count
 end
@@ -50,12 +47,15 @@ local function is_queued(job, in_progress, result)
   return false
 end
 
-local function enqueue(job, queue, doorbell, id, record, ttl_ms, ring, tenant)
+local function enqueue(job, queue, id, record, ttl_ms, tenant)
   redis.call('SET', job, record, 'PX', ttl_ms)
-  redis.call('ZADD', queue, tenant and place(queue, tenant) or server_ms(), id)
-  -- Tokens are hints; a few dozen wake any fleet, and idle doorbells disappear.
-  if ring == '1' and redis.call('LLEN', doorbell) < 64 then
-    redis.call('LPUSH', doorbell, 1)
-    redis.call('PEXPIRE', doorbell, 60000)
-  end
+  redis.call('ZADD', queue, tenant and place(queue, tenant) or SERVER_MS, id)
+end
+
+-- Wakes idle workers.  Tokens are hints; a few dozen wake any fleet, and idle doorbells disappear.
+local function ring(doorbell, times)
+  times = math.min(times, 64 - redis.call('LLEN', doorbell))
+  if times < 1 then return end
+  for _ = 1, times do redis.call('LPUSH', doorbell, 1) end
+  redis.call('PEXPIRE', doorbell, 60000)
 end
