@@ -21,7 +21,7 @@ from deltafan._errors import DeltafanError, InvalidRequest, JobConflict, QueueFu
 from deltafan._keys import ARQ_IN_PROGRESS, ARQ_JOB, ARQ_RESULT, FAIR_LANE, Keys
 from deltafan._lua import load
 from deltafan._messages import declares_tools
-from deltafan._request import JobRequest, check_job_id, inherited, job_record, parse_request
+from deltafan._request import JobRequest, check_job_id, digest, inherited, job_record, parse_and_dump
 from deltafan._resp import Argument, Reply, pack
 from deltafan._retention import Retention
 
@@ -94,7 +94,7 @@ class Submitter:
         try:
             if isinstance(given.get("deadline"), timedelta):
                 given["deadline"] = _from_now(given["deadline"])
-            request = parse_request(given, max_body_bytes=self._max_body_bytes)
+            request, data = parse_and_dump(given, max_body_bytes=self._max_body_bytes)
             id_ = token_hex(16) if job_id is None else check_job_id(job_id)
         except InvalidRequest as error:
             raise InvalidRequest(where + error.field, error.why) from None
@@ -103,7 +103,7 @@ class Submitter:
             id=id_,
             lane=request.lane,
             tenant=request.tenant or "",
-            digest=request.digest(),
+            digest=digest(data),
             deadline_ms=request.deadline_ms,
             record=job_record(request, now_ms=time.time_ns() // 1_000_000),
             keeping=self._keep_request(id_, request) if declares_tools(request.api, request.body) else None,

@@ -352,6 +352,16 @@ async def test_a_wrong_request_is_refused_at_the_door(
     assert await redis.keys("*") == [], "nothing was sent"
 
 
+async def test_the_limit_is_of_the_body_alone(redis_url: str) -> None:
+    body = {"messages": HI, "user": "ü"}
+    size_bytes = len(orjson.dumps(body))
+    async with Producer.connect(redis_url, max_body_bytes=size_bytes) as producer:
+        await producer.submit(model="m" * 100, body=body)
+    async with Producer.connect(redis_url, max_body_bytes=size_bytes - 1) as producer:
+        with pytest.raises(InvalidRequest, match=f"is {size_bytes} bytes long, the limit is {size_bytes - 1};"):
+            await producer.submit(model="m", body=body)
+
+
 async def test_null_is_no_wrong_number(producer: Producer) -> None:
     body = {"stop": None, "logit_bias": {"1": 0.5}}
     assert (await producer.submit_many([{"model": "m", "messages": HI, "body": body}]))[0].created

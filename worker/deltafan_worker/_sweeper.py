@@ -23,7 +23,7 @@ from deltafan._errors import DeltafanError
 from deltafan._events import TERMINAL_TYPES
 from deltafan._keys import ARQ_IN_PROGRESS, ARQ_JOB, ARQ_RESULT, FAIR_LANE, LANES, Keys
 from deltafan._lua import load
-from deltafan._request import JobRequest, job_record, parse_request
+from deltafan._request import JobRequest, digest, job_record, parse_and_dump
 from deltafan._resp import Reply
 from deltafan._retention import Retention
 
@@ -224,11 +224,11 @@ class Sweeper:
             return None
         try:
             deadline = None if job.deadline_ms is None else datetime.fromtimestamp(job.deadline_ms / 1000, UTC)
-            request = parse_request({**orjson.loads(stored), "deadline": deadline})
+            request, data = parse_and_dump({**orjson.loads(stored), "deadline": deadline})
         except (ValueError, DeltafanError):
             return None
         # Under an id that is taken a refused submit may have left its own.
-        return request if request.digest() == job.digest else None
+        return request if digest(data) == job.digest else None
 
     async def _enqueue(self, job: _Sight, request: JobRequest) -> None:
         queue, retention = self._keys.queue(request.lane), self._options.retention
