@@ -4,6 +4,8 @@ import copy
 import pickle
 from collections.abc import Sequence
 from functools import partial
+from itertools import count
+from random import Random
 from typing import Any
 
 import orjson
@@ -114,6 +116,29 @@ async def test_jobs_of_both_lanes_and_many_tenants_go_where_they_belong(redis: R
     assert places == [(b"j3", 2), (b"j6", 2), (b"j4", 3), (b"j5", 4)], "the tenants take turns"
     for lane in lanes:
         assert await redis.execute_command("LLEN", f"deltafan:queue:{lane}:bell") == 4
+
+
+async def test_places_are_the_same_however_many_are_submitted_at_once(redis: Redis, producer: Producer) -> None:
+    chance = Random(5)
+    rounds = [(chance.choices("abc", k=chance.randint(1, 40)), chance.randint(0, 40)) for _ in range(12)]
+
+    async def places(*, together: bool) -> list[Any]:
+        await redis.flushall()
+        seen: list[Any] = []
+        ids = map("j{}".format, count())
+        for tenants, claimed in rounds:
+            fields = {"model": "m", "messages": HI, "lane": "batch"}
+            requests = [fields | {"tenant": tenant, "job_id": next(ids)} for tenant in tenants]
+            for portion in [requests] if together else [[request] for request in requests]:
+                await producer.submit_many(portion)
+            seen.append(await redis.zrange("deltafan:queue:batch", 0, -1, withscores=True))
+            await redis.zpopmin("deltafan:queue:batch", claimed)
+        return seen
+
+    alone = await places(together=False)
+    assert await places(together=True) == alone
+    first = {waiting[0][1] for waiting in alone[1:]}
+    assert {2} < first, "now and then, and not always, none had waited"
 
 
 async def test_a_lane_that_gets_full_refuses_the_rest(redis: Redis, redis_url: str) -> None:

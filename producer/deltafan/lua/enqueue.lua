@@ -24,8 +24,9 @@ end
 -- one behind its last, but never behind the place whose turn it is now: so tenants take turns, whatever each has waiting.
 -- Places are far below the times that are scores of other jobs, and 1 is arq's for what is to be aborted.
 local FIRST_PLACE, FIRST_TIME = 2, '1000000000000'
-local function place(queue, tenant)
-  local places, turn = queue .. ':places', nil
+
+local function whose_turn(queue, places)
+  local turn
   local function look(found)
     local head = tonumber(found[2])
     if head and head < tonumber(FIRST_TIME) and (not turn or head < turn) then turn = head end
@@ -33,10 +34,17 @@ local function place(queue, tenant)
   look(redis.call('ZRANGEBYSCORE', queue, FIRST_PLACE, '(' .. FIRST_TIME, 'WITHSCORES', 'LIMIT', 0, 1))
   for _, lot in ipairs(lots(queue)) do look(redis.call('ZRANGE', lot, 0, 0, 'WITHSCORES')) end
   if turn then redis.call('ZREMRANGEBYSCORE', places, '-inf', '(' .. turn - 1) else redis.call('DEL', places) end
+  return turn or FIRST_PLACE
+end
+
+local TURN -- of the one queue that a script writes to; what it adds there is never before that, so once is enough
+local function place(queue, tenant)
+  local places, is_first = queue .. ':places', not TURN
+  TURN = TURN or whose_turn(queue, places)
   local last = redis.call('ZSCORE', places, tenant)
-  local mine = math.max(turn or FIRST_PLACE, last and last + 1 or 0)
+  local mine = math.max(TURN, last and last + 1 or 0)
   redis.call('ZADD', places, mine, tenant)
-  redis.call('PEXPIRE', places, 86400000)
+  if is_first then redis.call('PEXPIRE', places, 86400000) end
   return mine
 end
 
