@@ -179,13 +179,17 @@ def check_reason(reason: str) -> str:
 
 
 def job_record(request: JobRequest, *, now_ms: int) -> bytes:
-    """The job as arq stores it, in JSON: any arq worker with a JSON deserializer can run it."""
+    """The job as arq stores it, in JSON: any arq worker with a JSON deserializer can run it.
+
+    Raises:
+        InvalidRequest: the body is nested so deeply that it can be written alone, but not inside a record.
+    """
     arguments = {**inherited(request), "submitted_at_ms": now_ms}
     if request.deadline is not None:
         arguments["deadline"] = request.deadline
     if request.parent is not None:
         arguments["parent"] = request.parent
-    return orjson.dumps({"t": None, "f": FUNCTION, "a": [], "k": arguments, "et": now_ms})
+    return _write({"t": None, "f": FUNCTION, "a": [], "k": arguments, "et": now_ms})
 
 
 def inherited(request: JobRequest) -> dict[str, Any]:
@@ -248,13 +252,17 @@ def _check_messages(api: Api, messages: Sequence[Any]) -> None:
 
 
 def _dump(request: JobRequest) -> bytes:
-    try:
-        data = orjson.dumps([request.model, request.api, request.body], option=orjson.OPT_SORT_KEYS)
-    except orjson.JSONEncodeError as error:
-        raise InvalidRequest("body", f"can not be written as JSON ({error})") from None
+    data = _write([request.model, request.api, request.body], orjson.OPT_SORT_KEYS)
     if b"null" in data and (where := _find_no_number(request.body, "body")):  # which is how it writes nan
         raise InvalidRequest(where, "is no number that JSON can hold")
     return data
+
+
+def _write(value: object, option: int = 0) -> bytes:
+    try:
+        return orjson.dumps(value, option=option)
+    except orjson.JSONEncodeError as error:
+        raise InvalidRequest("body", f"can not be written as JSON ({error})") from None
 
 
 def _find_no_number(value: Any, path: str) -> str | None:

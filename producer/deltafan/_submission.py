@@ -96,6 +96,7 @@ class Submitter:
                 given["deadline"] = _from_now(given["deadline"])
             request, data = parse_and_dump(given, max_body_bytes=self._max_body_bytes)
             id_ = token_hex(16) if job_id is None else check_job_id(job_id)
+            record = job_record(request, now_ms=time.time_ns() // 1_000_000)
         except InvalidRequest as error:
             raise InvalidRequest(where + error.field, error.why) from None
         # Written out at once: what a portion has to keep is text, and the objects are gone before the next is checked.
@@ -105,7 +106,7 @@ class Submitter:
             tenant=request.tenant or "",
             digest=digest(data),
             deadline_ms=request.deadline_ms,
-            record=job_record(request, now_ms=time.time_ns() // 1_000_000),
+            record=record,
             keeping=self._keep_request(id_, request) if declares_tools(request.api, request.body) else None,
         )
 

@@ -1,6 +1,7 @@
 """The client library alone, against a server and entries that were written by hand as PROTOCOL.md says."""
 
 import asyncio
+import functools
 import json
 import subprocess
 import sys
@@ -307,6 +308,10 @@ async def test_many_jobs_in_few_round_trips_keep_their_order(producer: Producer,
     assert await redis.execute_command("LLEN", "deltafan:queue:interactive:bell") == 64
 
 
+def nested(depth: int) -> list[Any]:
+    return functools.reduce(lambda inner, _: [inner], range(depth - 1), [])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -342,6 +347,10 @@ async def test_many_jobs_in_few_round_trips_keep_their_order(producer: Producer,
         ({"api": "responses", "model": "m", "messages": HI, "body": {"input": ""}}, "messages: given twice"),
         ({"model": "m", "messages": HI, "body": {"a": [{"b": float("nan")}]}}, "body.a.0.b: is no number"),
         ({"model": "m", "messages": HI, "max_output_bytes": True}, "max_output_bytes: "),
+        *[
+            ({"model": "m", "messages": HI, "body": {"x": nested(depth)}}, "body: can not be written as JSON")
+            for depth in range(252, 256)  # the first two can, but not within a record
+        ],
     ],
 )
 async def test_a_wrong_request_is_refused_at_the_door(
