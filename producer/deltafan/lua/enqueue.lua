@@ -4,8 +4,14 @@
 -- is_queued(…): whether that has been done, by whoever died before we were told, and is not over.
 -- waiting(queue): how many jobs nobody has claimed; a claimed one's score is the end of its lease.
 -- A result that arq still keeps does not stand in the way: the job's own state decides whether it may run.
-local TIME = redis.call('TIME') -- the same throughout a script
-local SERVER_MS = TIME[1] * 1000 + math.floor(TIME[2] / 1000)
+local NOW -- the same throughout a script
+local function server_ms()
+  if not NOW then
+    local time = redis.call('TIME')
+    NOW = time[1] * 1000 + math.floor(time[2] / 1000)
+  end
+  return NOW
+end
 
 -- Jobs that wait for the limits of their model; see limits.lua of the worker.
 local function lots(queue)
@@ -15,7 +21,7 @@ local function lots(queue)
 end
 
 local function waiting(queue)
-  local count = redis.call('ZCOUNT', queue, '-inf', SERVER_MS)
+  local count = redis.call('ZCOUNT', queue, '-inf', server_ms())
   for _, lot in ipairs(lots(queue)) do count = count + redis.call('ZCARD', lot) end
   return count
 end
@@ -57,13 +63,13 @@ end
 
 local function enqueue(job, queue, id, record, ttl_ms, tenant)
   redis.call('SET', job, record, 'PX', ttl_ms)
-  redis.call('ZADD', queue, tenant and place(queue, tenant) or SERVER_MS, id)
+  redis.call('ZADD', queue, tenant and place(queue, tenant) or server_ms(), id)
 end
 
 -- Wakes idle workers.  Tokens are hints; a few dozen wake any fleet, and idle doorbells disappear.
 local function ring(doorbell, times)
-  times = math.min(times, 64 - redis.call('LLEN', doorbell))
-  if times < 1 then return end
-  for _ = 1, times do redis.call('LPUSH', doorbell, 1) end
-  redis.call('PEXPIRE', doorbell, 60000)
+  if times == 0 then return end
+  local room = 64 - redis.call('LLEN', doorbell)
+  for _ = 1, math.min(times, room) do redis.call('LPUSH', doorbell, 1) end
+  if room > 0 then redis.call('PEXPIRE', doorbell, 60000) end
 end

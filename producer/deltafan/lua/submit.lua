@@ -54,5 +54,5 @@ for number = 0, math.floor(#KEYS / KEYS_EACH) - 1 do
   end
   answers[number + 1] = answer
 end
-if enqueued > 0 then ring(DOORBELL, math.min(enqueued, tonumber(RINGS))) end
+ring(DOORBELL, math.min(enqueued, tonumber(RINGS)))
 return answers
