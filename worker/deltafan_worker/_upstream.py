@@ -15,6 +15,7 @@ import aiohttp
 
 from deltafan._events import Delta
 from deltafan_worker._apis import HttpCall
+from deltafan_worker._body import read_body
 from deltafan_worker._decoder import Completion, Decoder
 from deltafan_worker._route import Route
 from deltafan_worker._upstream_error import UpstreamError, from_response, too_long
@@ -83,23 +84,25 @@ async def _pump(
     watchdog: Watchdog,
     max_output_bytes: int,
 ) -> None:
-    read, frames = response.content.readany, 0
-    data = await _first_bytes(response, max_output_bytes)
-    if data.startswith(b"{"):  # no stream can begin so, whatever it is labelled: the wish for one was ignored
-        decoder.feed_whole(await _read_whole(response, data, max_output_bytes))
-        data = b""
     async with asyncio.timeout(None) as patience:
-        while data:
+        frames = 0
+
+        def take(data: bytes) -> bool:
+            nonlocal frames
             decoder.feed(data)
             has_delta = _publish_decoded(decoder, publish)
             if decoder.frames != frames:
                 frames = decoder.frames
                 watchdog.fed(has_delta=has_delta)
-            if decoder.finished:
-                break
             if decoder.is_whole and patience.when() is None:
                 patience.reschedule(asyncio.get_running_loop().time() + LAST_WORDS_S)
-            data = await read()
+            return not decoder.finished
+
+        data = await _first_bytes(response, max_output_bytes)
+        if data.startswith(b"{"):  # no stream can begin so, whatever it is labelled: the wish for one was ignored
+            decoder.feed_whole(await _read_whole(response, data, max_output_bytes))
+        elif data and take(data):
+            await read_body(response, take)
     decoder.end()
     _publish_decoded(decoder, publish)
 

@@ -1,0 +1,183 @@
+"""Bodies of responses as aiohttp's parser feeds them: passed on at once, whole, and ended as aiohttp ends them."""
+
+import asyncio
+import gzip
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import aiohttp
+import pytest
+
+from deltafan_worker._body import read_body
+from support.waiting import wait_until
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+PIECES = [b"first", b"second\n\n", b"third"]
+Say = Callable[[asyncio.StreamWriter], Awaitable[None]]
+
+
+class Server:
+    """Answers each request with what `say` writes."""
+
+    def __init__(self, say: Say) -> None:
+        self.say = say
+        self.connections = 0
+        self.lost = 0
+        self.url = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                await self.say(writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self.lost += 1
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def serving(say: Say) -> AsyncIterator[tuple[Server, aiohttp.ClientSession]]:
+    server = Server(say)
+    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+    server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/"
+    async with aiohttp.ClientSession() as session:
+        yield server, session
+    listening.close()
+
+
+class Taken:
+    """What a body's reader was given, and whether a task had to be woken for it."""
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.data = b""
+        self.at_once = 0
+        self._limit = limit
+
+    def __call__(self, data: bytes) -> bool:
+        self.data += data
+        self.at_once += asyncio.current_task() is None
+        return len(self.data) < self._limit
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+async def say_in_packets(writer: asyncio.StreamWriter, packets: list[bytes]) -> None:
+    for packet in packets:
+        writer.write(packet)
+        await writer.drain()
+        for _ in range(3):  # turns of the loop in which it is read, before there is more
+            await asyncio.sleep(0)
+
+
+def packets(kind: str) -> list[bytes]:
+    match kind:
+        case "chunked":
+            return [CHUNKED, *map(chunk, PIECES), b"0\r\n\r\n"]
+        case "chunks cut anywhere":
+            whole = b"".join([*map(chunk, PIECES), b"0\r\n\r\n"])
+            return [CHUNKED, *(whole[at : at + 4] for at in range(0, len(whole), 4))]
+        case "with its length":
+            return [HEAD + b"Content-Length: %d\r\n\r\n" % len(b"".join(PIECES)), *PIECES]
+        case "compressed":
+            packed = gzip.compress(b"".join(PIECES))
+            return [
+                CHUNKED[:-2] + b"Content-Encoding: gzip\r\n\r\n",
+                chunk(packed[:9]),
+                chunk(packed[9:]),
+                b"0\r\n\r\n",
+            ]
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize("kind", ["chunked", "chunks cut anywhere", "with its length", "compressed"])
+async def test_a_body_is_passed_on_whole_and_its_connection_used_again(kind: str) -> None:
+    async with serving(lambda writer: say_in_packets(writer, packets(kind))) as (server, session):
+        for _ in range(2):
+            taken = Taken()
+            async with session.get(server.url) as response:
+                await read_body(response, taken)
+            assert taken.data == b"".join(PIECES)
+            # Most of it: what came with the head is read as it lies there. What is compressed is read as aiohttp does.
+            assert taken.at_once == 0 if kind == "compressed" else taken.at_once >= len(PIECES) - 1
+        assert server.connections == 1
+
+
+async def test_a_body_that_ends_with_its_connection() -> None:
+    async def say(writer: asyncio.StreamWriter) -> None:
+        await say_in_packets(writer, [HEAD + b"\r\n", *PIECES])
+        writer.close()
+
+    async with serving(say) as (server, session), session.get(server.url) as response:
+        await read_body(response, taken := Taken())
+        assert taken.data == b"".join(PIECES)
+
+
+async def test_what_came_before_anybody_read_is_passed_on_first_however_much_it_is() -> None:
+    large = [bytes([65 + n % 26]) * 100_000 for n in range(40)]
+
+    async def say(writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED + b"".join(map(chunk, large)) + b"0\r\n\r\n")
+        await writer.drain()
+
+    async with serving(say) as (server, session), session.get(server.url) as response:
+        await wait_until(
+            lambda: response.content.total_bytes > 500_000, "the reader is full"
+        )  # more than it holds: it has stopped reading
+        await read_body(response, taken := Taken())
+        assert taken.data == b"".join(large)
+
+
+async def test_a_reader_that_has_enough_is_not_kept_until_the_end() -> None:
+    async with serving(lambda writer: say_in_packets(writer, [CHUNKED, *map(chunk, PIECES)])) as (server, session):
+        async with session.get(server.url) as response, asyncio.timeout(5):
+            await read_body(response, taken := Taken(limit=len(PIECES[0])))
+        assert taken.data == PIECES[0]
+        await wait_until(lambda: server.lost == 1, "the connection is closed")  # nobody will read the rest
+
+
+async def test_what_the_reader_raises_ends_the_reading_and_nothing_else() -> None:
+    def take(data: bytes) -> bool:
+        if data == PIECES[1]:
+            raise LookupError(data)
+        return True
+
+    async with serving(lambda writer: say_in_packets(writer, [CHUNKED, *map(chunk, PIECES)])) as (server, session):
+        for _ in range(2):
+            async with asyncio.timeout(5), session.get(server.url) as response:
+                with pytest.raises(LookupError):
+                    await read_body(response, take)
+
+
+async def test_a_body_that_is_cut_is_aiohttps_error() -> None:
+    async def say(writer: asyncio.StreamWriter) -> None:
+        await say_in_packets(writer, [CHUNKED, chunk(PIECES[0])])
+        writer.close()
+
+    async with serving(say) as (server, session), session.get(server.url) as response:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await read_body(response, taken := Taken())
+        assert taken.data == PIECES[0]
+
+
+async def test_a_reader_that_is_cancelled_is_given_nothing_more() -> None:
+    go_on = asyncio.Event()
+
+    async def say(writer: asyncio.StreamWriter) -> None:
+        await say_in_packets(writer, [CHUNKED, chunk(PIECES[0])])
+        await go_on.wait()
+        await say_in_packets(writer, [chunk(PIECES[1]), b"0\r\n\r\n"])
+
+    async with serving(say) as (server, session), session.get(server.url) as response:
+        reading = asyncio.ensure_future(read_body(response, taken := Taken()))
+        await wait_until(lambda: taken.data == PIECES[0], "the first piece")
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        go_on.set()
+        await wait_until(response.content.is_eof, "the end of the body")
+        assert taken.data == PIECES[0]
