@@ -29,6 +29,8 @@ LEASE_S = 2.0
 WORKERS = 3
 GOING_S = 20.0
 """A worker that was told to stop is gone by then, even when it hands over to a server that is away."""
+COMING_S = 20.0
+"""A worker that was started shows itself by then, also on a machine with too much to do."""
 
 CATALOGUE = f"""
 [providers.plain]
@@ -135,12 +137,13 @@ class Fleet:
         return worker
 
     async def is_up(self, worker: Worker) -> bool:
-        """Wait until a worker that was started shows itself; False when it does not come to that."""
+        """Wait until a worker that was started shows itself; False when it does not come to that, or is hurt first."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(GOING_S):
-                while not await self._shows(worker):
+            async with asyncio.timeout(COMING_S):
+                while worker.is_alive:
+                    if await self._shows(worker):
+                        return True
                     await asyncio.sleep(0.1)
-                return True
         return False
 
     async def _shows(self, worker: Worker) -> bool:

@@ -90,8 +90,9 @@ class RespConnection(asyncio.Protocol):
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transport = cast(asyncio.Transport, opened._writer.transport)  # type: ignore[union-attr]  # noqa: SLF001  held by a contract test
         self._transport.set_protocol(self)
-        if self._transport.is_closing():  # it has told redis-py's protocol, and will not tell ours
-            self._end()
+        # What it has told redis-py's protocol it will not tell ours: that it was cut, or that the server sends no more.
+        if self._transport.is_closing() or opened._reader.at_eof():  # type: ignore[union-attr]  # noqa: SLF001
+            self.close()
 
     @property
     def is_lost(self) -> bool:

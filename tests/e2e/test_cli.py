@@ -18,7 +18,7 @@ from deltafan.testing import chat as script
 from deltafan_cli import _app
 from deltafan_config import Settings
 from support.waiting import is_alive, wait_until
-from support.workers import child_pids, prepended, settings_env, supervisor_process, worker_process
+from support.workers import child_pids, kill_all, prepended, settings_env, supervisor_process, worker_process
 
 DELTAFAN = [sys.executable, "-m", "deltafan_cli"]
 NOWHERE = {"DELTAFAN_REDIS_URL": "redis://:secret@127.0.0.1:1/0"}
@@ -287,7 +287,10 @@ async def test_no_process_outlives_a_supervisor_that_was_killed(
         await arun("submit", "-m", "sim", "-f", "Hi", env=env)
         children = child_pids(process)
         process.kill()
-        await wait_until(lambda: not any(map(is_alive, children)), "they have followed it")
+        try:
+            await wait_until(lambda: not any(map(is_alive, children)), "they have followed it")
+        finally:
+            kill_all(children)  # whoever lives on holds the pipe that is read to its end
 
 
 async def test_a_stop_that_comes_while_the_processes_start_is_heeded(env: dict[str, str]) -> None:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
@@ -118,10 +118,15 @@ def supervisor_process(env: dict[str, str], *, processes: int) -> Iterator["subp
     finally:
         children = child_pids(process) if process.poll() is None else []
         process.kill()
-        for pid in children:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_all(children)
         process.communicate()
+
+
+def kill_all(pids: Iterable[int]) -> None:
+    """Kill processes, as far as they are still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def child_pids(process: "subprocess.Popen[str] | int") -> list[int]:

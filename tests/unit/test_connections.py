@@ -40,22 +40,25 @@ async def test_while_a_command_is_sent_it_is_lost() -> None:
         await connection.send_packed_command(b"PING")
 
 
+@pytest.mark.parametrize("how", ["reset", "closed"])
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 def test_a_connection_that_is_cut_before_we_have_it_is_lost(
-    run: Callable[[Coroutine[Any, Any, None]], None], monkeypatch: pytest.MonkeyPatch
+    run: Callable[[Coroutine[Any, Any, None]], None], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its transport has told redis-py, and would tell us nothing: asyncio takes what is written, uvloop raises."""
     connect: Any = Connection.connect
 
     async def connect_and_be_cut(connection: Connection) -> None:
         await connect(connection)
-        writer = connection._writer
+        writer, reader = connection._writer, connection._reader
         assert writer is not None
-        await wait_until(writer.transport.is_closing, "the server has cut it")
+        assert reader is not None
+        await wait_until(lambda: writer.transport.is_closing() or reader.at_eof(), "the server has cut it")
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(4096)
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if how == "reset":
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.write(b"+OK\r\n" * 8)
         await asyncio.wait([asyncio.ensure_future(reader.read())], timeout=0.2)
         writer.transport.abort()
@@ -104,7 +107,9 @@ class Transport:
 
 
 def connect(transport: Transport) -> RespConnection:
-    opened: Any = SimpleNamespace(_writer=SimpleNamespace(transport=transport), _reader=None)
+    opened: Any = SimpleNamespace(
+        _writer=SimpleNamespace(transport=transport), _reader=SimpleNamespace(at_eof=lambda: False)
+    )
     return RespConnection(opened, silence_s=0.01)
 
 
