@@ -70,8 +70,7 @@ async def say_in_packets(writer: asyncio.StreamWriter, packets: list[bytes]) -> 
     for packet in packets:
         writer.write(packet)
         await writer.drain()
-        for _ in range(3):  # turns of the loop in which it is read, before there is more
-            await asyncio.sleep(0)
+        await wait_until(iter((False, True)).__next__, "the other side has read it, before there is more")
 
 
 def packets(kind: str) -> list[bytes]:

@@ -95,16 +95,14 @@ class AttemptLog:
         """The XADD commands that append own entries `first` … to a stream, packed; `head` is its append_head."""
         ends, codes, kept = self._ends, self._codes, self._kept
         first += kept
-        offset = start = ends[first - 1] if first else 0
-        data = bytes(memoryview(self._data)[start:])
+        data, start = self._data, ends[first - 1] if first else 0
         commands = []
         for index in range(first, len(codes)):
             end = ends[index]
             entry_id = b"%d-%d" % (attempt, index + 1 - kept)
-            text = data[start - offset : end - offset]
             commands.append(
                 b"%b$%d\r\n%b\r\n%b$%d\r\n%b\r\n"
-                % (head, len(entry_id), entry_id, _MIDDLES[codes[index]], len(text), text)
+                % (head, len(entry_id), entry_id, _MIDDLES[codes[index]], end - start, bytes(data[start:end]))
             )
             start = end
         return commands

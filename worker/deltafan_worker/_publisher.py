@@ -1,9 +1,9 @@
 """The publisher: the one connection on which a worker process writes all its streams.
 
-Appends of all jobs gather while a flush is on its way and go out together when it has been answered: no timer, no
-added delay, and the busier the process, the larger its flushes, up to a bound. A connection that is new has lost an
-unknown part of what was sent on the last, so nothing is appended on it for a job before that job's `compare` has run
-there.
+Appends of all jobs gather for the rest of the event loop's turn, and while a flush is on its way, and go out together:
+no timer, no added delay, and the busier the process, the larger its flushes, up to a bound. A connection that is new
+has lost an unknown part of what was sent on the last, so nothing is appended on it for a job before that job's
+`compare` has run there.
 """
 
 import asyncio
@@ -54,6 +54,7 @@ class Publisher:
         self._writers: set[StreamWriter] = set()
         self._waiting: dict[StreamWriter, None] = {}
         self._unanswered = 0
+        self._is_due = False
         self._taken_bytes = 0
         self._tasks: asyncio.TaskGroup
 
@@ -67,10 +68,10 @@ class Publisher:
         self._waiting.pop(writer, None)
 
     def flush_soon(self, writer: StreamWriter) -> None:
-        """Send what the writer has: now, or together with what others have when the last flush is answered."""
+        """Send what the writer has, with all that others have by the end of the loop's turn or of the last flush."""
         self._waiting[writer] = None
         if self._unanswered == 0:
-            self._send(self._waiting)
+            self._send_at_turns_end()
 
     def flush(self, writer: StreamWriter) -> None:
         """Send what the writer has now, ahead of whatever is sent next."""
@@ -233,7 +234,17 @@ class Publisher:
 
     def _on_answered(self, reply: Reply) -> None:
         self._unanswered -= 1
-        if self._unanswered == 0 and not isinstance(reply, ConnectionLost):
+        if self._unanswered == 0 and self._waiting and not isinstance(reply, ConnectionLost):
+            self._send_at_turns_end()
+
+    def _send_at_turns_end(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._send_waiting)
+
+    def _send_waiting(self) -> None:
+        self._is_due = False
+        if self._unanswered == 0:
             self._send(self._waiting)
 
 
