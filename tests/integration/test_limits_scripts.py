@@ -53,8 +53,9 @@ class Limits:
         self.client.set(f"arq:in-progress:{job}", "token", px=5000)
         return int(self._run("park", (QUEUE,), GROUP, f"{tokens} 0", "token", job, score, ""))
 
-    def claim(self, room: int, *, cautious: bool = False) -> list[str]:
-        _, flat, self.left, *_ = self._run("claim", (QUEUE,), "process", 5000, room, int(cautious), 0, 1, room)
+    def claim(self, want: int, *, cautious: bool = False, slots: int | None = None) -> list[str]:
+        slots = want if slots is None else slots
+        _, flat, self.left, *_ = self._run("claim", (QUEUE,), "process", 5000, want, int(cautious), 0, 1, slots)
         return [raw.decode() for raw in flat[::7]]
 
     def enqueue(self, job: str, tenant: str, record_bytes: int = 2) -> float:
@@ -186,15 +187,19 @@ def test_a_job_that_steps_back_again_keeps_its_place(limits: Limits) -> None:
     assert limits.client.zscore(LOT, "j") == 3
 
 
-@pytest.mark.parametrize(("record_bytes", "room"), [(2, 4), (300_000, 8)], ids=["small", "large"])
-def test_those_in_line_leave_half_of_the_room_to_the_others(limits: Limits, record_bytes: int, room: int) -> None:
-    """Of the slots where jobs are small, of a claim's bytes where they are large."""
+@pytest.mark.parametrize(
+    ("record_bytes", "want", "slots"), [(2, 4, 4), (2, 4, 100), (300_000, 8, 8)], ids=["slots", "claim", "bytes"]
+)
+def test_those_in_line_leave_half_of_the_room_to_the_others(
+    limits: Limits, record_bytes: int, want: int, slots: int
+) -> None:
+    """Of what there is least of: free slots, a claim's jobs, its bytes."""
     for number in range(8):
         limits.enqueue(f"waits-{number}", "a", record_bytes)
         limits.park(f"waits-{number}", number + 2)
     for number in range(8):
         limits.enqueue(f"new-{number}", "b", record_bytes)
-    taken = limits.claim(room)
+    taken = limits.claim(want, slots=slots)
     assert sorted(name.split("-")[0] for name in taken) == ["new", "new", "waits", "waits"]
 
 

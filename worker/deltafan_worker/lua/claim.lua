@@ -2,9 +2,9 @@
 -- KEYS  queues      ARGV  3 process, 4 lease_ms, 5 want, 6 fresh_only (1: leave jobs that were claimed before to their
 -- workers for a moment, which may just have been unable to renew their leases), 7 index of the queue whose jobs are
 -- urgent (0 none), 8.. (queue index, how many of it in all so far) for each pass, in order
--- Returns {ms until the next job may be due or -1, {id, queue index, score, claim number, 1 when its abort was requested,
--- arq's record or nil, group whose limits count it, tokens, grant, or '', …}, {for each queue 1 when due jobs are left}, second,
--- 1 when some provider has asked for less}
+-- Returns {ms until the next job may be due or -1, {id, queue index, score, claim number, 1 when its abort was
+-- requested, arq's record or nil, group whose limits count it, tokens, grant, or '', …}, {for each queue 1 when due jobs
+-- are left}, second, 1 when some provider has asked for less}
 -- The record comes with the claim, so that both are the same server's: the name may lead to another one meanwhile.
 -- The in-progress key is the lock; the score is a hint that takes a running job off the head of the queue and
 -- makes it due again by itself when its lease ends.  Times are scores of the jobs that were due before: their leases
@@ -98,7 +98,7 @@ for i = 8, #ARGV, 2 do
   local index, most = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
   most_of[index] = math.max(most_of[index] or 0, most)
   -- Those in line have half of the room, and of the bytes; the others what is left, and what they leave is theirs again.
-  from_lots(index, counts[index] + math.floor((most - counts[index] + SECOND % 2) / 2), (bytes + PORTION_BYTES) / 2)
+  from_lots(index, counts[index] + math.floor((room(index, most) + SECOND % 2) / 2), (bytes + PORTION_BYTES) / 2)
   from_range(index, most, digits(FIRST_TIME), digits(NOW))
   from_range(index, most, '-inf', '(' .. digits(FIRST_TIME))
   from_lots(index, most)
