@@ -101,7 +101,11 @@ class Transport:
     def is_closing(self) -> bool:
         return False
 
-    def write(self, _data: bytes) -> None: ...
+    def __init__(self) -> None:
+        self.writes: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.writes.append(data)
 
     def abort(self) -> None: ...
 
@@ -121,6 +125,34 @@ async def test_large_commands_have_time_to_go_out_before_they_are_taken_for_sile
         with pytest.raises(ConnectionLost):
             await asyncio.wait_for(answer, 5)
     assert clock() - started_s > 0.2, "at a megabyte per second"
+
+
+@pytest.mark.parametrize("is_followed", [True, False])
+async def test_what_is_put_off_goes_out_in_its_order_with_the_next_command_or_with_the_turn(is_followed: bool) -> None:
+    transport, replies = Transport(), list[Any]()
+    connection = connect(transport)
+    connection.put_off(b"first ", [replies.append])
+    connection.put_off(b"second ", [replies.append])
+    if is_followed:
+        connection.send(b"third", [replies.append])
+        assert transport.writes == [b"first second third"]
+    else:
+        assert transport.writes == []
+        await wait_until(lambda: transport.writes == [b"first second "], "the turn is over")
+    connection.data_received(b"+1\r\n+2\r\n")
+    assert replies == [b"1", b"2"]
+    connection.close()
+
+
+async def test_what_is_put_off_when_the_connection_is_lost_is_lost_with_it() -> None:
+    transport, replies = Transport(), list[Any]()
+    connection = connect(transport)
+    connection.put_off(b"before", [replies.append])
+    connection.close()
+    connection.put_off(b"behind", [replies.append])
+    await wait_until(lambda: len(replies) == 2, "both are told")
+    assert [type(reply) for reply in replies] == [ConnectionLost] * 2
+    assert transport.writes == []
 
 
 async def test_a_reply_that_arrives_slowly_is_no_silence() -> None:

@@ -74,9 +74,9 @@ class Publisher:
             self._send_at_turns_end()
 
     def flush(self, writer: StreamWriter) -> None:
-        """Send what the writer has now, ahead of whatever is sent next."""
+        """Send what the writer has now, with whatever is sent next and ahead of it."""
         self._waiting.pop(writer, None)
-        self._send({writer: None})
+        self._send({writer: None}, put_off=True)
 
     def heal_soon(self, writer: StreamWriter, *, pause: bool = False) -> None:
         """Start the writer's healing, at once or, where the server refuses everybody, after a moment."""
@@ -109,9 +109,9 @@ class Publisher:
                     connection.close()
 
     def send(self, command: bytes, handler: Handler) -> None:
-        """Send a command whose loss does no harm; without a connection it is not sent, and nobody is told."""
+        """Send a command whose loss does no harm, with whatever is sent next; without a connection it is not sent."""
         if self._connection is not None:
-            self._connection.send(command, (handler,))
+            self._connection.put_off(command, (handler,))
 
     async def is_durable(self, keys: Sequence[str]) -> bool:
         """Whether the job's end, just written, still stands and has reached the configured replicas.
@@ -210,7 +210,7 @@ class Publisher:
 
         return check
 
-    def _send(self, writers: dict[StreamWriter, None]) -> None:
+    def _send(self, writers: dict[StreamWriter, None], *, put_off: bool = False) -> None:
         """Send what they have, in their order and up to a flush's size; those whose turn has come are taken out."""
         if self._connection is None:
             return
@@ -230,7 +230,8 @@ class Publisher:
         if commands:
             handlers[-1] = self._on_answered
             self._unanswered += 1
-            self._connection.send(b"".join(commands), handlers)
+            send = self._connection.put_off if put_off else self._connection.send
+            send(b"".join(commands), handlers)
 
     def _on_answered(self, reply: Reply) -> None:
         self._unanswered -= 1
