@@ -9,13 +9,13 @@ import orjson
 from deltafan._events import CANCELLED, COMPLETED, CONTENT, FAILED, REASONING, REFUSAL, Failure
 from deltafan._fold import Generation
 from deltafan._position import Position
-from deltafan._usage import CallOutcome, UsageRecord, UsageSource
+from deltafan._usage import CallOutcome, UsageRecord
 from deltafan_worker._background import ResponseNote
 from deltafan_worker._decoder import Decoder
 from deltafan_worker._log import AttemptLog
 from deltafan_worker._plain import plain
 from deltafan_worker._route import Route
-from deltafan_worker._usage import TokenCounts, cost, estimate, normalise
+from deltafan_worker._usage import cost, estimate, normalise
 from deltafan_worker._writer import Sealed
 
 
@@ -90,29 +90,16 @@ class CallMeter:
             return None
         return ResponseNote(self.call_id, self.route.provider, self.response_id)
 
-    def record(self, outcome: CallOutcome, *, attempt: int, attempt_no: int, output_bytes: int = 0) -> UsageRecord:
+    def record(
+        self,
+        outcome: CallOutcome,
+        *,
+        attempt: int,
+        attempt_no: int,
+        output_bytes: int = 0,
+        finish_reason: str | None = None,
+    ) -> UsageRecord:
         """The usage record as things stand; without the provider's own, an estimate of what was streamed."""
-        bare = self._bare(outcome, attempt, attempt_no)
-        counts: TokenCounts
-        source: UsageSource
-        if self.raw_usage is not None:
-            counts, source = normalise(self.raw_usage), "provider"
-        elif output_bytes:
-            counts, source = estimate(output_bytes), "estimated"
-        else:
-            return replace(bare, cost_note="nobody has told what was used")
-        price = cost(counts, self.route.price)
-        return replace(
-            bare,
-            source=source,
-            cost=price.amount,
-            currency=price.currency,
-            cost_note=price.note,
-            raw=self.raw_usage,
-            **asdict(counts),
-        )
-
-    def _bare(self, outcome: CallOutcome, attempt: int, attempt_no: int) -> UsageRecord:
         return UsageRecord(
             job_id=self.job_id,
             call_id=self.call_id,
@@ -122,7 +109,7 @@ class CallMeter:
             model=self.route.model,
             api=self.route.api,
             outcome=outcome,
-            source="none",
+            finish_reason=finish_reason,
             lane=self.lane,
             tenant=self.tenant,
             worker=self.worker,
@@ -132,7 +119,20 @@ class CallMeter:
             queued_ms=_since(self.submitted_at_ms, self.started_at_ms),
             first_delta_ms=self._elapsed_ms(self.first_delta_s),
             duration_ms=self._elapsed_ms(self.ended_s),
+            raw=self.raw_usage,
+            **self._used(output_bytes),
         )
+
+    def _used(self, output_bytes: int) -> dict[str, Any]:
+        if self.raw_usage is not None:
+            counts, source = normalise(self.raw_usage), "provider"
+        elif output_bytes:
+            counts, source = estimate(output_bytes), "estimated"
+        else:
+            return {"source": "none", "cost_note": "nobody has told what was used"}
+        price = cost(counts, self.route.price)
+        costs = {"cost": price.amount, "currency": price.currency, "cost_note": price.note}
+        return {"source": source, **costs, **asdict(counts)}
 
     def _elapsed_ms(self, until_s: float | None) -> int | None:
         return None if until_s is None else round((until_s - self.started_s) * 1000)

@@ -1,12 +1,16 @@
 """From the catalogue an operator edits to the routes the worker calls."""
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from deltafan._errors import DeltafanError
 from deltafan_config import Catalogue, MissingKey, Provider, Settings
 from deltafan_config import Route as ConfiguredRoute
 from deltafan_worker._apis import APIS
 from deltafan_worker._route import Continuation, Limits, Route, Timeouts
+
+_MODELS_KNOWN = 1024
+"""Jobs may name any model of a provider."""
 
 
 class UnsupportedApi(DeltafanError):
@@ -29,6 +33,8 @@ class Router:
         self._catalogue = catalogue
         self._settings = settings
         self._env = env
+        # All jobs of a model share its routes.
+        self._known = lru_cache(_MODELS_KNOWN)(self._resolve)
 
     def __call__(self, model: str, api: str) -> tuple[Route, ...]:
         """The routes to try, in order; providers whose key is not set are passed over while there are others.
@@ -38,6 +44,9 @@ class Router:
             UnsupportedApi: nobody serves it through this API.
             MissingKey: no provider's key is set.
         """
+        return self._known(model, api)
+
+    def _resolve(self, model: str, api: str) -> tuple[Route, ...]:
         configured = self._catalogue.resolve(model)
         speaking = [route for route in configured if api in route.provider.apis]
         if not speaking:

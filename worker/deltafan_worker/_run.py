@@ -321,13 +321,16 @@ class JobRunner:
 
 
 def _as_asked(route: Route, request: JobRequest) -> Route:
-    """The route as this job wants it used, within the job's own limits."""
+    """The route as this job wants it used, within the job's own limits; mostly the one that all jobs share."""
+    in_background = request.on_interrupt == "continue" and route.continuation == "background"
+    if not (in_background or request.timeouts or request.max_output_bytes):
+        return route
     timeouts = request.timeouts.model_dump(exclude_none=True) if request.timeouts else {}
     return replace(
         route,
         timeouts=route.timeouts.over(timeouts),
         max_output_bytes=min(route.max_output_bytes, request.max_output_bytes or route.max_output_bytes),
-        in_background=request.on_interrupt == "continue" and route.continuation == "background",
+        in_background=in_background,
     )
 
 
@@ -342,7 +345,7 @@ def _seal(ending: Ending, writer: StreamWriter, meter: CallMeter | None, cancel_
     outcome: CallOutcome = "completed" if ending.status == "completed" else "cancelled"
     if ending.status == FAILED:
         outcome = "failed"
-    usage = None if meter is None else replace(_record(meter, writer, outcome), finish_reason=ending.finish_reason)
+    usage = None if meter is None else _record(meter, writer, outcome, ending.finish_reason)
     position = Position(writer.attempt, len(writer.log) + 1)
     try:
         return seal(ending, writer.log, usage, position)
@@ -351,9 +354,11 @@ def _seal(ending: Ending, writer: StreamWriter, meter: CallMeter | None, cancel_
         return seal_without_answer(_DEFECT, usage, position)
 
 
-def _record(meter: CallMeter, writer: StreamWriter, outcome: CallOutcome) -> UsageRecord:
-    size_bytes = writer.log.size_bytes
-    return meter.record(outcome, attempt=writer.attempt, attempt_no=writer.attempt_no, output_bytes=size_bytes)
+def _record(
+    meter: CallMeter, writer: StreamWriter, outcome: CallOutcome, finish_reason: str | None = None
+) -> UsageRecord:
+    attempt = {"attempt": writer.attempt, "attempt_no": writer.attempt_no}
+    return meter.record(outcome, **attempt, output_bytes=writer.log.size_bytes, finish_reason=finish_reason)
 
 
 def _note(meter: CallMeter | None, writer: StreamWriter, outcome: CallOutcome) -> bytes:
