@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 
-def sse_events(data: bytes) -> list[tuple[str, str]]:
-    """(event name, data) of each event, by the standard's rules and our divergences from them."""
+def sse_events(data: bytes) -> list[tuple[str, str, int | None]]:
+    """(event name, data, HTTP status) of each event, by the standard's rules and our divergences from them."""
     text = data.decode("latin-1")
     text = text.removeprefix("\u00ef\u00bb\u00bf")
     lines, current, index = [], "", 0
@@ -23,8 +23,8 @@ def sse_events(data: bytes) -> list[tuple[str, str]]:
             index += 1
     if current:
         lines.append(current)
-    events: list[tuple[str, str]] = []
-    name = ""
+    events: list[tuple[str, str, int | None]] = []
+    name, status = "", None
     values: list[str] = []
     for line in [*lines, ""]:
         field, _, value = line.partition(":")
@@ -34,12 +34,14 @@ def sse_events(data: bytes) -> list[tuple[str, str]]:
         if ends:
             joined = "\n".join(values)
             if joined.encode("latin-1").strip():
-                events.append((name, joined))
-            name, values = "", []
+                events.append((name, joined, status))
+            name, status, values = "", None, []
         if field == "data" and ":" in line:
             values.append(value)
         elif field == "event" and ":" in line:
             name = value
+        elif field == "" and (comment := value.lstrip()).startswith("HTTP_STATUS/") and comment[12:15].isdigit():
+            status = int(comment[12:15]) if len(comment) >= 15 else status
     return events
 
 
@@ -48,7 +50,7 @@ def chat_outcome(data: bytes) -> dict[str, Any]:
     kinds = {"reasoning": "", "content": "", "refusal": ""}
     tools: dict[int, dict[str, str]] = {}
     finish, usage = None, None
-    for _, payload in sse_events(data):
+    for _, payload, _ in sse_events(data):
         if payload.startswith("[DONE]"):
             continue
         chunk = json.loads(payload.encode("latin-1").decode())

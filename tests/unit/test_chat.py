@@ -290,6 +290,8 @@ NATIVE = (
             400,
         ),
         (b'data: {"code": "InternalError", "message": "m", "request_id": "r"}\n\n', "InternalError", True, None),
+        (frame({"index": 0, "delta": {}}, error={"code": "slow_down", "message": "m"}), "slow_down", True, None),
+        (b"event: error\n" + frame({"index": 0, "delta": {}}, code="InternalError"), "InternalError", True, None),
     ],
 )
 def test_oddity_27_errors_inside_a_200(stream: bytes, code: str, retryable: bool, status: int | None) -> None:

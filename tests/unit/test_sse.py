@@ -1,7 +1,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltafan_worker._sse import SseDecoder, SseEvent, SseLimitExceeded
@@ -115,6 +115,29 @@ def test_the_limit_does_not_depend_on_how_an_event_of_many_lines_is_cut(size: in
         decoder.next_event()
 
 
+def test_the_limit_holds_for_an_event_that_comes_whole() -> None:
+    decoder = SseDecoder(limit_bytes=1000)
+    decoder.feed(b": hello\n")
+    decoder.feed(b'data: {"a":"' + b"x" * 1000 + b'"}\n\n')
+    with pytest.raises(SseLimitExceeded):
+        decoder.next_event()
+
+
+@pytest.mark.parametrize(
+    ("head", "event"), [(b"event: a\n", (b"a", b"{}", None)), (b":HTTP_STATUS/400\n", (b"", b"{}", 400))]
+)
+def test_what_stands_before_an_event_may_come_before_it(head: bytes, event: tuple[bytes, bytes, int | None]) -> None:
+    assert decode(b": hello\n", head, b"data: {}\n\n") == [event]
+
+
+def test_many_names_without_data_are_looked_through_once() -> None:
+    """A pattern that tries each blank both ways would never come back."""
+    decoder = SseDecoder()
+    decoder.feed(b": hello\n")
+    decoder.feed(b"event: a\n" * 60 + b"\n")
+    assert decoder.next_event() is None
+
+
 def test_frames_with_nothing_between_them_come_one_by_one() -> None:
     decoder = SseDecoder()
     decoder.feed(b'data: {"a":\ndata: {"b":1}}\ndata: {2}\n')
@@ -166,15 +189,54 @@ def cut(data: bytes, at: list[int]) -> list[bytes]:
     return [data[a:b] for a, b in pairwise(places)]
 
 
+def as_text(events: list[SseEvent]) -> list[tuple[str, str, int | None]]:
+    return [(event.event.decode("latin-1"), event.data.decode("latin-1"), event.status) for event in events]
+
+
 @given(STREAMS, st.lists(st.integers(0, 400), max_size=8))
 def test_agrees_with_the_reference_however_it_is_cut(stream: bytes, at: list[int]) -> None:
     expected = sse_events(stream)
     for pieces in ([stream], cut(stream, at), [bytes([byte]) for byte in stream]):
-        found = [(e.event.decode("latin-1"), e.data.decode("latin-1")) for e in decode(*pieces)]
-        assert found == expected
+        assert as_text(decode(*pieces)) == expected
+
+
+HEADS = (
+    "event: a",
+    "event:b",
+    "event:  c",
+    "id:1",
+    "id: 2",
+    ":HTTP_STATUS/200",
+    ": HTTP_STATUS/400",
+    ": ping",
+    "retry: 1",
+)
+OBJECTS = (
+    'data: {"a":1}',
+    'data:{"b":2}',
+    "data:  {3}",
+    "data: {4\r}",
+    'data: {"c"',
+    "data: 5}",
+    "data: [DONE]",
+    "data:",
+)
+PACKETS = st.builds(
+    lambda heads, objects, end: ("\n".join([*heads, *objects]) + end).encode(),
+    st.lists(st.sampled_from(HEADS), max_size=2),
+    st.lists(st.sampled_from(OBJECTS), min_size=1, max_size=2),
+    st.sampled_from(("\n\n", "\n\n", "\n\n", "\n", "\n\n\n", "\r\n\r\n", "\r", "")),
+)
+
+
+@settings(max_examples=1000)
+@given(st.lists(st.lists(PACKETS, min_size=1, max_size=2).map(b"".join), min_size=2, max_size=4))
+def test_agrees_with_the_reference_where_packets_hold_whole_events(packets: list[bytes]) -> None:
+    """As they mostly do, so that there is a short way for them; it begins behind the first packet."""
+    packets = [b": hello\n", *packets]
+    assert as_text(decode(*packets)) == sse_events(b"".join(packets))
 
 
 @given(st.lists(st.binary(max_size=60), max_size=8))
 def test_arbitrary_bytes_raise_nothing_and_agree_with_the_reference(pieces: list[bytes]) -> None:
-    found = [(e.event.decode("latin-1"), e.data.decode("latin-1")) for e in decode(*pieces)]
-    assert found == sse_events(b"".join(pieces))
+    assert as_text(decode(*pieces)) == sse_events(b"".join(pieces))

@@ -47,7 +47,7 @@ class ChatDecoder(FrameDecoder):
         choice = _first_choice(choices) if choices else None
         if choice is not None:
             self._take_choice(choice, frame)
-        if _is_error(frame, event):
+        if (not choices or event.event or "error" in frame) and _is_error(frame, event):
             self._fail(from_payload(frame, status=event.status))
 
     def _take_choice(self, choice: Mapping[str, Any], frame: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from deltafan_worker._upstream_error import UpstreamError
 
 _KEEP_ALIVES = ("ping", "keepalive", "keep-alive", "heartbeat")
 _KEEP_ALIVE_EVENTS = frozenset(name.encode() for name in _KEEP_ALIVES)
+_new = tuple.__new__
 TRUNCATED = "the stream ended before the answer did"
 
 
@@ -83,18 +84,20 @@ class FrameDecoder:
         raise NotImplementedError
 
     def _take_frame(self, event: SseEvent) -> None:
-        data = event.data
-        if data.startswith(b"[DONE]"):
-            self.finished = True
-            return
+        name, data, _ = event
         try:
-            frame = parse_object(data)
-        except ValueError:
-            if event.event not in _KEEP_ALIVE_EVENTS:
+            frame = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            if data.startswith(b"[DONE]"):
+                self.finished = True
+                return
+            frame = _parse_leniently(data)
+        if not isinstance(frame, dict):
+            if name not in _KEEP_ALIVE_EVENTS:
                 message = "the provider sent a frame that is not a JSON object"
                 self._fail(UpstreamError(code="bad_frame", message=message, retryable=True))
             return
-        if not (event.event in _KEEP_ALIVE_EVENTS or self._is_keep_alive(frame)):
+        if not (name in _KEEP_ALIVE_EVENTS or self._is_keep_alive(frame)):
             self.frames += 1
         if self._error is None:
             self._take_object(frame, event)
@@ -127,7 +130,7 @@ class FrameDecoder:
             return
         self._said_something = True
         try:
-            self._deltas.append(Delta(kind, text.encode()))
+            self._deltas.append(_new(Delta, (kind, text.encode())))
         except UnicodeEncodeError:
             self._emit_surrogates(kind, text)
 
@@ -179,27 +182,15 @@ class FrameDecoder:
                 self._deltas.append(Delta(ANNOTATION, data))
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
-    """A frame's object.
+def _parse_leniently(data: bytes) -> Any:
+    """What orjson refuses and servers send: halves of UTF-16 pairs, NaN among the logprobs, broken UTF-8.
 
-    Raises:
-        ValueError: it is none.
+    None for what is no JSON at all.
     """
     try:
-        frame = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        frame = _parse_leniently(data)
-    if not isinstance(frame, dict):
-        raise ValueError("not an object")
-    return frame
-
-
-def _parse_leniently(data: bytes) -> Any:
-    """What orjson refuses and servers send: halves of UTF-16 pairs, NaN among the logprobs, broken UTF-8."""
-    try:
         return json.loads(data.decode("utf-8", "replace"))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _is_base64(text: str) -> bool:
