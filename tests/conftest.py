@@ -11,7 +11,9 @@ from support.leaks import immortal_keys
 from support.valkey import Valkey, valkey_server
 
 # What needs more than the client library does not exist where only that is installed.
-collect_ignore = [] if find_spec("arq") else ["contract/test_arq.py", "contract/test_wire.py"]
+collect_ignore = (
+    [] if find_spec("arq") else ["contract/test_arq.py", "contract/test_bodies.py", "contract/test_wire.py"]
+)
 collect_ignore_glob = [] if find_spec("aiohttp") else ["contract/test_simulated_*.py"]
 
 
