@@ -339,10 +339,12 @@ def test_reasoning_that_is_sent_in_both_its_forms_is_shown_in_the_first() -> Non
     assert len(decode(*nameless, completed()).deltas) == 3, "of items without names nobody knows"
 
 
-def test_summaries_of_several_items_are_paragraphs() -> None:
+@pytest.mark.parametrize("name", ["reasoning_text", "reasoning_summary_text"])
+def test_what_several_items_reason_is_paragraphs(name: str) -> None:
     pieces = [
-        event("response.reasoning_summary_text.delta", delta=words, output_index=n, summary_index=0, item_id=words)
-        for n, words in enumerate(["One.", "Two."])
+        event(f"response.{name}.delta", delta=piece, output_index=n, summary_index=0, content_index=0, item_id=f"{n}")
+        for n, piece in enumerate(["One", "Two"])
+        for piece in (piece, ".")
     ]
     assert decode(*pieces, completed()).generation.reasoning == "One.\n\nTwo."
 

@@ -94,8 +94,8 @@ class ResponsesDecoder(FrameDecoder):
         if step == "delta":
             text = frame.get("delta")
             if text and isinstance(text, str) and self._spoken.note(kind, text, frame, part):
-                # Parts of a summary are paragraphs, but for the break between them. Other numbers may grow.
-                self._say(kind, text, (frame.get("output_index"), part) if of == "summary" else of)
+                # Items are paragraphs, and so are the parts of a summary. Other parts' numbers may grow.
+                self._say(kind, text, (frame.get("output_index"), part if of == "summary" else of))
         elif step == "done":
             self._say_unless_said(kind, _text(kind, frame), frame, part)
         return True
