@@ -696,6 +696,16 @@ def test_arguments_that_come_whole_at_first_may_be_spelled_out_again() -> None:
         assert outcome.calls == [("call_1", "f", '{"a":1}')], "or be begun, or stand for nothing"
 
 
+def test_a_call_that_begins_behind_the_end_of_another_is_another_one_whatever_its_call_id() -> None:
+    stream = []
+    for n, item in enumerate(TWO):
+        place = {"output_index": n, "item_id": item["id"]}
+        begun = {**item, "call_id": "call_1", "arguments": ""}
+        stream += [added(begun, output_index=n), *pieces(item["arguments"], **place)]
+        stream.append(done({**item, "call_id": "call_1"}, output_index=n))
+    assert [arguments for *_, arguments in decode(*stream, completed()).calls] == ['{"a":1}', '{"b":2}']
+
+
 def test_pieces_for_a_call_that_ended_without_arguments_are_another_ones() -> None:
     ended = [added(BARE[0], output_index=0), done(BARE[0], output_index=1)]
     told = [*ended, *pieces('{"b":2}', output_index=1, item_id="b"), done(TWO[1], output_index=2)]
