@@ -712,6 +712,32 @@ def test_pieces_for_a_call_that_ended_without_arguments_are_another_ones() -> No
     assert decode(*told, completed()).calls == [("ca", "f", "{}"), ("cb", "f", '{"b":2}')]
 
 
+@pytest.mark.parametrize("place", [{"output_index": 0, "item_id": "fc_1"}, {"output_index": 0}, {"item_id": "fc_1"}])
+def test_a_call_whose_first_pieces_came_before_it_began_has_its_arguments_from_its_end(place: dict[str, Any]) -> None:
+    early, late = pieces('{"a":', "1}", **place)
+    whole = event("response.function_call_arguments.done", arguments='{"a":1}', **place)
+    item, begun = call_item(arguments='{"a":1}'), added(call_item(), output_index=0)
+    for end in ([whole, completed()], [done(item, output_index=0), completed()], [completed(item)]):
+        assert decode(early, begun, late, *end).calls == [("call_1", "f", '{"a":1}')]
+    assert decode(early, begun, late, completed()).calls == [("call_1", "f", "{}")], "no piece makes a whole"
+    (empty,) = pieces("", **place)
+    assert decode(empty, begun, early, late, completed()).calls == [("call_1", "f", '{"a":1}')]
+    second = [added(call_item(id="fc_1", call_id="call_2"), output_index=0), *pieces("[2]", **place)]
+    told = [early, begun, done(item, output_index=0), *second, completed()]
+    assert decode(*told).calls == [("call_1", "f", '{"a":1}'), ("call_2", "f", "[2]")], "the next one has its own"
+
+
+def test_places_of_early_pieces_are_noted_in_bounded_memory() -> None:
+    decoder, told = ResponsesDecoder(), [pieces("x", item_id=f"{n}")[0] for n in range(5_000)]
+    tracemalloc.start()
+    for piece in told:
+        decoder.feed(piece)
+        assert decoder.next_delta() is None
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 100 * 5_000
+
+
 def test_arguments_behind_their_end_repeat_them() -> None:
     place = {"output_index": 0, "item_id": "fc_1"}
     whole = event("response.function_call_arguments.done", arguments='{"a":1}', **place)

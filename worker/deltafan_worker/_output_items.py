@@ -32,6 +32,9 @@ class EmitToolCall(Protocol):
 _PLACES = ("item_id", "output_index")
 """By which an event tells what call it is for."""
 
+_MOST_EARLY_PLACES = 1_024
+"""From then on none is noted: some servers give each event an id of its own."""
+
 _UNWRAPPED = -1
 """The index of a wrapper whose calls were published in its stead."""
 
@@ -51,6 +54,8 @@ class _Call:
     is_done: bool = False
     has_ended: bool = False
     """Whether its item has its end, which comes once, be it under another id."""
+    lacks_beginning: bool = False
+    """Whether pieces came before it: those behind them make no whole."""
 
     @property
     def arguments(self) -> str:
@@ -73,7 +78,7 @@ class OutputCalls:
     """Tool calls, from items, argument deltas and finished arguments in whatever mixture a server sends.
 
     A call is known by its call_id, its item's id, its index, in this order: servers give several calls one index, or
-    another one to an item that ends. Pieces that may be of a call which did not begin yet wait for the end of its item.
+    another one to an item that ends. A call of which a piece comes before it begins is published with its end.
     """
 
     def __init__(self, emit: EmitToolCall) -> None:
@@ -81,6 +86,8 @@ class OutputCalls:
         self._calls: list[_Call] = []
         self._by_name: dict[tuple[str, int | str], _Call] = {}
         self._kinds: set[str] = set()
+        self._early: set[tuple[str, int | str]] = set()
+        """Places of pieces for which there was no call."""
         self._published = 0
         self._reasoning: list[Mapping[str, Any]] = []
         self._thoughts: set[Any] = set()
@@ -114,6 +121,8 @@ class OutputCalls:
             call.has_ended = True
         else:
             call.announced = arguments
+            call.lacks_beginning |= not (call.pieces or self._early.isdisjoint(_places(where)))
+        self._early.difference_update(_places(where))
 
     def take_reasoning(self, item: Mapping[str, Any]) -> None:
         """Reasoning that only the provider can read, and must have back with the call that it led to."""
@@ -123,8 +132,12 @@ class OutputCalls:
 
     def add(self, where: Mapping[str, Any], fragment: Any) -> None:
         """A piece of a call's arguments. What comes behind their end repeats them."""
-        call = self._find(where)
-        if call is None or call.is_done or not isinstance(fragment, str) or not fragment:
+        if not isinstance(fragment, str) or not fragment:
+            return
+        if (call := self._find(where)) is None:
+            self._early.update(_places(where) if len(self._early) < _MOST_EARLY_PLACES else ())
+            return
+        if call.lacks_beginning or call.is_done:
             return
         told = call.announced
         if not (call.pieces or told.startswith(fragment) or fragment.startswith(told) or told == "{}"):
@@ -219,11 +232,16 @@ class OutputCalls:
 
     def _remember(self, call: _Call, call_id: str, where: Mapping[str, Any], *, is_done: bool) -> None:
         """Note a call's names. One that begins takes the index of another, one that ends does not."""
-        for kind, value in (("call_id", call_id or None), *((kind, where.get(kind)) for kind in _PLACES)):
-            if (name := place_name(value)) is not None:
-                self._kinds.add(kind)
-                if not (is_done and (kind, name) in self._by_name):
-                    self._by_name[kind, name] = call
+        own = [("call_id", call_id)] if call_id else []
+        for kind, name in (*own, *_places(where)):
+            self._kinds.add(kind)
+            if not (is_done and (kind, name) in self._by_name):
+                self._by_name[kind, name] = call
+
+
+def _places(where: Mapping[str, Any]) -> list[tuple[str, int | str]]:
+    """The names of the item that an event is for."""
+    return [(kind, name) for kind in _PLACES if (name := place_name(where.get(kind))) is not None]
 
 
 def _wrapped(arguments: str) -> list[tuple[str, str]]:
