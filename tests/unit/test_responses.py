@@ -445,6 +445,8 @@ def test_parts_are_told_from_what_their_own_item_and_others_said() -> None:
     item = message("a", "banana", id="m")
     for end in (longer, event("response.output_item.done", output_index=0, item=item)):
         assert decode(first, end, completed()).generation.content == "abanana"
+    inside = event("response.output_text.done", text="na", content_index=1, **place)
+    assert decode(text("banana", item_id="m"), inside, completed()).generation.content == "bananana", "numbers tell"
     told = [text(one, item_id=f"m{n}", output_index=n, content_index=at) for n, at, one in ((1, 0, "A"), (2, 0, "B"))]
     told.append(text("C", item_id="m2", output_index=2, content_index=1))
     assert decode(*told, completed(message("A"), message("B", "C"))).generation.content == "ABC", "places are shifted"
@@ -1130,6 +1132,9 @@ def test_oddity_32_several_calls_wrapped_in_one_that_nobody_declared(name: str) 
 def test_oddity_33_done_after_the_end_and_a_growing_content_index() -> None:
     outcome = decode(text("He", content_index=0), text("y", content_index=1), completed(MESSAGE) + b"data: [DONE]\n\n")
     assert (outcome.generation.content, outcome.finish) == ("Hey", "stop")
+    spaces = event("response.output_text.done", text=" \n", content_index=2, item_id="msg_1", output_index=0)
+    blank = decode(text(" ", content_index=0), text("\n", content_index=1), spaces, completed())
+    assert blank.generation.content == " \n", "a text without any words as well"
     place = {"output_index": 0, "item_id": "Hey"}
     thoughts = [
         event("response.reasoning_text.delta", delta=piece, content_index=number, **place)

@@ -194,7 +194,9 @@ class Spoken:
                 return ""
             if own.has_part(words, number, parts):
                 return self._tail(kind, item, text, words, own.end(words, number, parts))
-            if not (parts and own.are_numbered and self._is_sure(item, where)) and own.have(words):
+            is_sure = own.are_numbered and self._is_sure(item, where)
+            # Where numbers hold, only the end of a text whose number grew is all that was said under others.
+            if (own.words == words and not (is_sure and parts)) or (not is_sure and own.have(words)):
                 return ""
         if (rest := self._rest_of_others(kind, text, words, item)) is not None:
             return rest
