@@ -246,6 +246,9 @@ def test_a_text_that_comes_whole_brings_its_sources() -> None:
         "content",
         "annotation",
     ], "also where its deltas came without them"
+    other_order = [dict(reversed(source.items())) for source in sources]
+    again = completed(message("Hey", content=[{**parts[0], "annotations": other_order}]))
+    assert [json.loads(data) for kind, data in decode(told, again).deltas if kind == "annotation"] == sources
 
 
 NAMELESS = {"item_id": None, "output_index": None, "content_index": None}

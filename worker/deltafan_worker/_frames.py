@@ -172,14 +172,15 @@ class FrameDecoder:
             self._deltas.append(Delta(AUDIO, audio_data(whole, words)))
 
     def _emit_annotations(self, annotations: Any) -> None:
-        """Sources, each once: servers repeat the list of them with every frame."""
+        """Sources, each once in whatever order its names come: servers repeat the list of them with every frame."""
         for annotation in annotations if isinstance(annotations, list) else ():
             if not isinstance(annotation, dict) or not annotation:
                 continue
-            data = orjson.dumps(plain(annotation))
-            if data not in self._annotations:
-                self._annotations.add(data)
-                self._deltas.append(Delta(ANNOTATION, data))
+            source = plain(annotation)
+            key = orjson.dumps(source, option=orjson.OPT_SORT_KEYS)
+            if key not in self._annotations:
+                self._annotations.add(key)
+                self._deltas.append(Delta(ANNOTATION, orjson.dumps(source)))
 
 
 def _parse_leniently(data: bytes) -> Any:
