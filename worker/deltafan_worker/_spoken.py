@@ -74,8 +74,6 @@ class _Said(_Words):
     """A bit for each part of which something was said."""
     last: int | None = -1
     are_numbered: bool = True
-    echo: int | None = None
-    """From here on it came whole, and deltas may spell it out again."""
     half: str = ""
     """The first half of a UTF-16 pair. The next delta has the other one."""
     is_spaced: bool = False
@@ -87,7 +85,7 @@ class _Said(_Words):
             number = None
         if number == self.last:
             return
-        self.last, self.place, self.echo = number, len(self.words), None
+        self.last, self.place = number, len(self.words)
         if number is None:
             self.are_numbered = False
         else:
@@ -107,14 +105,6 @@ class _Said(_Words):
         if "\ud800" <= text[-1] <= "\udbff":
             text, self.half = text[:-1], text[-1]
         return text
-
-    def repeats(self, words: bytes) -> bool:
-        """Whether a delta spells out what came whole."""
-        if self.echo is None or self.echo == len(self.words) or not self.words.startswith(words, self.echo):
-            self.echo = None
-        else:
-            self.echo += len(words)
-        return self.echo is not None
 
     def end(self, words: bytes, number: int | None, parts: int | None) -> int:
         """A part has its end. How many bytes of it were said, if only its beginning was; or else 0."""
@@ -141,7 +131,8 @@ class Spoken:
     Each is known by its item and its part. An item is known by its id, by its index where there is no id or another one
     in each event. Servers that leave both out, or number their items anew, have their texts known by the words: what
     may have been said was said. The final object clears some of it up, as it shows which ids are true. What comes only
-    with an end is published behind all that came before it, be it of a later item.
+    with an end is published behind all that came before it, be it of a later item. Deltas behind an
+    end are news: of a server that sent a text whole and then in deltas it would be doubled.
     """
 
     def __init__(self) -> None:
@@ -160,16 +151,13 @@ class Spoken:
             item.is_certain = item is not self._nameless
 
     def note(self, kind: str, text: str, where: Mapping[str, Any], part: Part) -> bool:
-        """A delta. False if it is not to be said: it repeats what came whole, or says it in the item's other form."""
+        """A delta. False if it is not to be said: it is in another form than what its item said before."""
         item, (of, number) = self._item(where), part
         said = self._said(item, kind, of)
         if said.of not in ("", of):
             return False
         said.begin_part(number)
-        words = _words(said.joined(text))
-        if said.repeats(words):
-            return False
-        self._add(kind, item, text, words, is_whole=False)
+        self._add(kind, item, text, _words(said.joined(text)), is_whole=False)
         return True
 
     def has_all(self, kind: str, text: str, where: Mapping[str, Any]) -> bool:
@@ -236,7 +224,6 @@ class Spoken:
     def _add_whole(self, kind: str, item: _Item, text: str, words: bytes, part: Part) -> None:
         said = self._said(item, kind, part[0])
         said.begin_part(part[1])
-        said.echo = len(said.words) if said.of else None
         self._add(kind, item, text, words, is_whole=True)
 
     def _tail(self, kind: str, item: _Item, text: str, words: bytes, size: int) -> str:
