@@ -897,7 +897,7 @@ def test_a_whole_text_between_others_is_found_by_its_words() -> None:
     assert decode(*bare, completed(*items)).generation.content == "ACB", "a place that is another one's"
 
 
-def test_texts_that_only_parts_or_the_beginning_of_an_item_bring() -> None:
+def test_texts_that_only_parts_bring() -> None:
     place = {"item_id": "i", "output_index": 0, "content_index": 0, "summary_index": 0}
     for name, kind in (
         ("content_part", "output_text"),
@@ -909,9 +909,6 @@ def test_texts_that_only_parts_or_the_beginning_of_an_item_bring() -> None:
         generation = decode(event(f"response.{name}.done", part=part, **place), completed()).generation
         assert generation.content + generation.reasoning + generation.refusal == "Hey"
     assert decode(event("response.content_part.done", part="Hey"), completed()).deltas == []
-    begun = added(message("Hey", id="msg_1"), output_index=0)
-    for said in ([], [text("He")], [text("Hey")], [done(message("Hey", id="msg_1"))]):
-        assert decode(begun, *said, completed()).generation.content == "Hey"
 
 
 def test_ids_that_change_with_each_event_take_bounded_memory() -> None:

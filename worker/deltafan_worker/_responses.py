@@ -31,14 +31,14 @@ class ResponsesDecoder(FrameDecoder):
     """Decodes one response. See `Decoder` for how to drive it.
 
     Every text and call is published once, whichever of the events that repeat it comes first: its deltas, its end, the
-    end of its item, the final object. See `Spoken` for how they are told apart.
+    end of its item, the final object. See `Spoken` for how they are told apart. A text in an item that only begins is
+    not published: servers that send one send it again.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._spoken = Spoken()
         self._calls = OutputCalls(self._emit_tool_call)
-        self._announced: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
         self._paragraph: object = None
         self._whole = False
 
@@ -128,8 +128,6 @@ class ResponsesDecoder(FrameDecoder):
             self._take_texts(item, where)
         elif kind in _TEXT_ITEMS:
             self._spoken.begin(where)
-            if item.get("content") or item.get("summary"):
-                self._announced.append((item, where))
 
     def _take_texts(self, item: Mapping[str, Any], where: Mapping[str, Any]) -> None:
         """What a finished item says."""
@@ -165,8 +163,6 @@ class ResponsesDecoder(FrameDecoder):
         for index, item in enumerate(items):
             is_call = item.get("type") in _CALL_ITEMS
             self._take_item(item, {} if is_call else {"output_index": index}, is_done=True)
-        for begun, where in self._announced:
-            self._take_texts(begun, where)
 
     def _reason(self, kind: str, response: Mapping[str, Any]) -> str:
         if kind == "response.incomplete":
