@@ -603,17 +603,17 @@ def test_a_call_at_the_place_of_another_is_another_one() -> None:
     assert len(decode(*told, final).calls) == 2, "and what was taken for one is not taken for another"
 
 
-def test_an_end_without_any_name_that_holds_is_of_the_call_that_is_told() -> None:
-    told = [added(call_item(), output_index=0), *pieces('{"a":1}', output_index=0)]
-    end = done(call_item(id="x", call_id="y", arguments='{"a":1}'), output_index=1)
-    assert decode(*told, end, completed()).calls == [("call_1", "f", '{"a":1}')]
-    assert len(decode(*told[:1], end, completed()).calls) == 2, "but of none that was not told"
-    wrapper = call_item(name="parallel", call_id=None, id=None, arguments=WRAPPED)
-    longer = {**wrapper, "call_id": "c", "arguments": WRAPPED + " "}
-    for index in (0, 1):
-        ends = [done(wrapper, output_index=0), done(longer, output_index=index)]
-        indexes = [json.loads(data)["index"] for _, data in decode(*ends, completed()).deltas]
-        assert min(indexes) == 0
+def test_a_wrapper_whose_end_is_longer_than_its_arguments_is_unwrapped_once() -> None:
+    begun, place = call_item(name="parallel", call_id=None, id=None), {"output_index": 0}
+    whole = event("response.function_call_arguments.done", arguments=WRAPPED, **place)
+    for names in ({}, {"call_id": "call_1"}):
+        outcome = decode(
+            added(begun, output_index=0),
+            whole,
+            done({**begun, **names, "arguments": WRAPPED + " "}, output_index=0),
+            completed(),
+        )
+        assert [json.loads(data)["index"] for _, data in outcome.deltas] == [0, 1]
 
 
 def test_arguments_of_which_only_the_end_brings_the_tail() -> None:

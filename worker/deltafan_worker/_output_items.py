@@ -78,7 +78,8 @@ class OutputCalls:
     """Tool calls, from items, argument deltas and finished arguments in whatever mixture a server sends.
 
     A call is known by its call_id, its item's id, its index, in this order: servers give several calls one index, or
-    another one to an item that ends. A call of which a piece comes before it begins is published with its end.
+    another one to an item that ends. What ends under three new names is another call. A call of which a piece
+    comes before it begins is published with its end.
     """
 
     def __init__(self, emit: EmitToolCall) -> None:
@@ -210,12 +211,11 @@ class OutputCalls:
         return next(self._at({"item_id": item.get("id")}), None)
 
     def _taken_for(self, name: str, arguments: str, where: Mapping[str, Any]) -> _Call | None:
-        """A call under another id that says the same, stands in that place, or is just being told."""
+        """A call under another id that says the same or stands in that place."""
         alike = (self._doubtful.get((name, text)) for text in (_canonical(arguments), "")) if self._doubtful else ()
         if (call := next((calls.pop() for calls in alike if calls), None)) is not None:
             return call
-        told = (call for call in self._calls[-1:] if call.pieces)
-        return next((call for call in chain(self._at(where), told) if call.may_be(name, arguments)), None)
+        return next((call for call in self._at(where) if call.may_be(name, arguments)), None)
 
     def _find(self, where: Mapping[str, Any]) -> _Call | None:
         """The call that an event is for: the latest one, if no call is known by names of that kind."""
