@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltafan_worker import _spoken
+from deltafan_worker import _said
 from deltafan_worker._plain import whole_characters
 from deltafan_worker._responses import ResponsesDecoder
 from support.decoding import Outcome, cut_at
@@ -427,16 +427,16 @@ def in_many_items(shape: str, items: int) -> list[bytes]:
     ],
 )
 def test_many_items_take_work_in_step_with_their_number(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_spoken, "SEARCHED_BYTES", 1_000)
+    monkeypatch.setattr(_said, "SEARCHED_BYTES", 1_000)
     few, many = (work(*in_many_items(shape, items)) for items in (100, 400))
     assert many < 5 * few, "16 times would be quadratic"
 
 
 def test_renamed_texts_are_found_in_their_order_however_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_spoken, "SEARCHED_BYTES", 200_000)
+    monkeypatch.setattr(_said, "SEARCHED_BYTES", 200_000)
     left_out = text("what the final object leaves out", item_id="m", output_index=None)
     assert len(decode(left_out, *in_many_items("renamed", 800)).deltas) == 801
-    monkeypatch.setattr(_spoken, "SEARCHED_BYTES", 1)
+    monkeypatch.setattr(_said, "SEARCHED_BYTES", 1)
     ends = [done(message(words)) for words in ("Yo", "Hey")]
     assert decode(text("Hey", **NAMELESS), *ends, completed()).generation.content == "HeyYo"
 

@@ -8,7 +8,8 @@ from deltafan._events import CONTENT, REASONING, REFUSAL
 from deltafan_worker._decoder import Completion
 from deltafan_worker._frames import TRUNCATED, FrameDecoder
 from deltafan_worker._output_items import OutputCalls
-from deltafan_worker._spoken import Part, Spoken
+from deltafan_worker._said import Part
+from deltafan_worker._spoken import Spoken
 from deltafan_worker._sse import SseEvent
 from deltafan_worker._upstream_error import UpstreamError, from_payload
 

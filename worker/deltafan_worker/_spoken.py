@@ -1,119 +1,13 @@
 """Which texts were published already, of all that is sent again when a part, an item or the response ends."""
 
-import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deltafan_worker._plain import whole_characters
-
-Part = tuple[str, int | None]
-"""Which text of an item: of its `content` or its `summary`, and its number there. Many servers do not number them."""
-
-SEARCHED_BYTES = 2**25
-"""How much is searched for texts that come again in another order: some 30 ms. From then on they count as news.
-
-Of each kind of text, in each item and in all of them.
-"""
+from deltafan_worker._said import Part, Said, Words, behind, words_of
 
 _MOST_ITEMS = 1_024
 """From then on unknown names count as none: some servers give each event an id of its own."""
-
-_HIGHEST_NUMBER = 1_023
-"""Parts with higher numbers are one. Some servers number each delta."""
-
-_WIDE_SPACES = re.compile(r"[^\S\x00-\x7f]")
-
-
-@dataclass(slots=True, eq=False)
-class _Words:
-    """What was said, in UTF-8 without its white space: servers tidy up what they send again."""
-
-    words: bytearray = field(default_factory=bytearray)
-    place: int = 0
-    """Behind what came whole, or has its end: what is sent again mostly comes in its order."""
-    patience: int = field(default_factory=lambda: SEARCHED_BYTES)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether something was said that has no end yet."""
-        return self.place < len(self.words)
-
-    def add(self, words: bytes, *, is_whole: bool) -> None:
-        self.words += words
-        if is_whole:
-            self.place = len(self.words)
-
-    def have(self, words: bytes, own: bytes | bytearray = b"") -> bool:
-        """Whether this was said, and by another than the one who said `own` of it all."""
-        if not own and self.words.startswith(words, self.place):
-            self.place += len(words)
-            return bool(self.words)
-        self.patience -= len(self.words)
-        if self.patience < 0:
-            return False
-        if own:
-            return self.words.count(words) > own.count(words)
-        if (at := self.words.find(words)) >= 0:
-            self.place = max(self.place, at + len(words))
-        return at >= 0
-
-    def begun(self, words: bytes, since: int) -> int:
-        """How many bytes of a whole text were said, if what was said since then is its beginning; 0 if it is not."""
-        size = len(self.words) - since
-        return size if 0 < size < len(words) and words.startswith(self.words[since:]) else 0
-
-
-@dataclass(slots=True, eq=False)
-class _Said(_Words):
-    """What was said of one kind in one item."""
-
-    of: str = ""
-    """Which of its forms was said: providers that show their reasoning repeat it as a summary. "" if nobody knows."""
-    numbers: int = 0
-    """A bit for each part of which something was said."""
-    last: int | None = -1
-    are_numbered: bool = True
-    half: str = ""
-    """The first half of a UTF-16 pair. The next delta has the other one."""
-    is_spaced: bool = False
-    """Whether it ends with white space."""
-
-    def begin_part(self, number: int | None) -> None:
-        """What comes now has this number."""
-        if not self.of:
-            number = None
-        if number == self.last:
-            return
-        self.last, self.place = number, len(self.words)
-        if number is None:
-            self.are_numbered = False
-        else:
-            self.numbers |= _bit(number)
-
-    def has_part(self, words: bytes, number: int | None, parts: int | None) -> bool:
-        """Whether some of this part was said, as far as numbers tell."""
-        if not self.of:
-            return self.is_open and parts in (None, 1)
-        if number is None or parts == 1 or self.numbers & _bit(number):
-            return True
-        return not self.are_numbered and self.begun(words, self.place) > 0
-
-    def joined(self, text: str) -> str:
-        """A delta, with the half of a pair that the last one left."""
-        text, self.half = self.half + text, ""
-        if "\ud800" <= text[-1] <= "\udbff":
-            text, self.half = text[:-1], text[-1]
-        return text
-
-    def end(self, words: bytes, number: int | None, parts: int | None) -> int:
-        """A part has its end. How many bytes of it were said, if only its beginning was; or else 0."""
-        if self.are_numbered and number not in (None, self.last) and parts != 1:
-            return 0
-        size = self.begun(words, self.place) or self.begun(words, 0)
-        is_next = self.words.startswith(words, self.place)
-        self.place = self.place + len(words) if is_next else len(self.words)
-        return size
 
 
 @dataclass(slots=True, eq=False)
@@ -122,7 +16,7 @@ class _Item:
     """None while it has none, or goes by several ones."""
     is_certain: bool = False
     """Whether its texts can be told from those of other items: not while they may go by another name."""
-    said: dict[str, _Said] = field(default_factory=dict)
+    said: dict[str, Said] = field(default_factory=dict)
 
 
 class Spoken:
@@ -131,15 +25,15 @@ class Spoken:
     Each is known by its item and its part. An item is known by its id, by its index where there is no id or another one
     in each event. Servers that leave both out, or number their items anew, have their texts known by the words: what
     may have been said was said. The final object clears some of it up, as it shows which ids are true. What comes only
-    with an end is published behind all that came before it, be it of a later item. Deltas behind an
-    end are news: of a server that sent a text whole and then in deltas it would be doubled.
+    with an end is published behind all that came before it, be it of a later item. Deltas behind an end are news: a
+    text that a server sent whole and then in deltas would be doubled.
     """
 
     def __init__(self) -> None:
         self._nameless = _Item()
         self._items: list[_Item] = []
         self._by_name: dict[tuple[str, int | str], _Item] = {}
-        self._together: dict[tuple[str, bool], _Words] = {}
+        self._together: dict[tuple[str, bool], Words] = {}
         self._speakers: dict[str, _Item] = {}
         """Of each kind, the item that said something last."""
         self._is_settled = False
@@ -157,12 +51,12 @@ class Spoken:
         if said.of not in ("", of):
             return False
         said.begin_part(number)
-        self._add(kind, item, text, _words(said.joined(text)), is_whole=False)
+        self._add(kind, item, text, words_of(said.joined(text)), is_whole=False)
         return True
 
     def has_all(self, kind: str, text: str, where: Mapping[str, Any]) -> bool:
         """Whether an item's texts are what was said of it, whatever the numbers of its parts."""
-        item, words = self._find(where), _words(text)
+        item, words = self._find(where), words_of(text)
         said = item.said.get(kind) if item else None
         if said is None or not words or not said.words.endswith(words):
             return False
@@ -174,7 +68,7 @@ class Spoken:
 
         `parts` is how many texts of that kind its item has.
         """
-        (of, number), words = part, _words(text)
+        (of, number), words = part, words_of(text)
         item = self._find_whole(kind, words, where)
         own = item.said.get(kind) if item else None
         if own and item:
@@ -198,7 +92,7 @@ class Spoken:
         for item in self._items:
             item.is_certain = item in found and item.id is not None
         self._together.clear()
-        texts = [{kind: _words(text) for kind, text in by_kind.items()} for _, by_kind in items]
+        texts = [{kind: words_of(text) for kind, text in by_kind.items()} for _, by_kind in items]
         anywhere = {pair for by_kind in texts for pair in by_kind.items()}
         for name, item in list(self._by_name.items()):
             if name[0] == "output_index" and (item.is_certain or _is_elsewhere(item, texts, anywhere, name[1])):
@@ -230,7 +124,7 @@ class Spoken:
         """What of a text is behind so many bytes that its item said; "" if another one may have said it."""
         if not size or not (item.is_certain or self._speakers[kind] is item):
             return ""
-        rest = _behind(text, size)
+        rest = behind(text, size)
         rest = rest.lstrip() if item.said[kind].is_spaced else rest
         self._add(kind, item, rest, words[size:], is_whole=True)
         return rest
@@ -243,18 +137,18 @@ class Spoken:
         if self._together and (together := self._together.get((kind, item.is_certain))):
             together.add(words, is_whole=is_whole and not together.is_open)
 
-    def _of_several(self, kind: str, *, is_certain: bool) -> _Words:
+    def _of_several(self, kind: str, *, is_certain: bool) -> Words:
         """What all certain or all uncertain items say, gathered once."""
         if (words := self._together.get((kind, is_certain))) is None:
             several = (*self._items, self._nameless)
             items = [item for item in several if item.is_certain == is_certain and kind in item.said]
-            words = _Words(bytearray().join(item.said[kind].words for item in items))
+            words = Words(bytearray().join(item.said[kind].words for item in items))
             self._together[kind, is_certain] = words
         return words
 
-    def _said(self, item: _Item, kind: str, of: str) -> _Said:
+    def _said(self, item: _Item, kind: str, of: str) -> Said:
         if (said := item.said.get(kind)) is None:
-            said = item.said[kind] = _Said(of="" if item is self._nameless else of)
+            said = item.said[kind] = Said(of="" if item is self._nameless else of)
         return said
 
     def _item(self, where: Mapping[str, Any]) -> _Item:
@@ -309,30 +203,3 @@ def _is_elsewhere(
 def place_name(value: Any) -> int | str | None:
     """An id or an index. An empty one names nothing."""
     return value if isinstance(value, (int, str)) and value != "" and not isinstance(value, bool) else None
-
-
-def _words(text: str) -> bytes:
-    if not text.isascii():
-        text = _WIDE_SPACES.sub("", text)
-    try:
-        data = text.encode()
-    except UnicodeEncodeError:
-        data = whole_characters(text).encode()
-    return data.translate(None, b" \t\n\v\f\r\x1c\x1d\x1e\x1f")
-
-
-def _behind(text: str, size: int) -> str:
-    """What of a text is behind so many bytes of its words."""
-    start, end = 0, len(text)
-    while end - start > 1:
-        middle = (start + end) // 2
-        between = len(_words(text[start:middle]))
-        if between >= size:
-            end = middle
-        else:
-            start, size = middle, size - between
-    return text[end:]
-
-
-def _bit(number: int) -> int:
-    return 1 << min(max(number, 0), _HIGHEST_NUMBER)
