@@ -293,8 +293,9 @@ def test_what_has_an_index_and_no_id_that_holds_is_found_by_its_index() -> None:
 
 
 def test_places_in_the_final_object_need_not_be_the_indexes_of_items_with_ids() -> None:
-    told = text("Hey", item_id="Hey", output_index=1)
-    assert decode(told, completed(message("Hey"), message("Yo"))).generation.content == "HeyYo"
+    for said in ("Hey", "He"):
+        told = text(said, item_id="Hey", output_index=1)
+        assert decode(told, completed(message("Hey"), message("Yo"))).generation.content == "HeyYo"
 
 
 def test_reasoning_that_was_shown_is_not_shown_in_its_other_form() -> None:
@@ -830,6 +831,24 @@ def test_a_text_under_the_index_of_another_item_is_published_once() -> None:
         for end in ([], [done(message("Hey", id="m"), output_index=1)]):
             generation = decode(*stream, *end, completed(thought, message("Hey", id="m"))).generation
             assert (generation.reasoning, generation.content) == ("Hm.", "Hey")
+
+
+def test_a_text_that_comes_whole_at_the_index_of_another_items_is_another_one() -> None:
+    told, end = text("Hi", item_id="a"), done(message("Yo", id="b"), output_index=0)
+    assert decode(told, end, completed()).generation.content == "HiYo"
+
+
+def test_items_that_the_final_object_renames_and_moves_are_found_where_their_texts_are() -> None:
+    def thought(words: str, id_: str) -> dict[str, Any]:
+        return {"type": "reasoning", "id": id_, "content": [{"text": words}]}
+
+    told = [
+        event("response.reasoning_text.delta", delta="Hm.", item_id="a", output_index=0),
+        text("Hey", item_id="b", output_index=1),
+    ]
+    final = completed(thought("New.", "x"), thought("Hm.", "y"), message("Hey", id="z"))
+    generation = decode(*told, final).generation
+    assert (generation.reasoning, generation.content) == ("Hm.\n\nNew.", "Hey")
 
 
 def test_items_without_ids_at_one_index_that_all_end_at_the_end() -> None:

@@ -183,7 +183,7 @@ class ResponsesDecoder(FrameDecoder):
         self, kind: str, text: str, where: Mapping[str, Any], part: Part, parts: int | None = None
     ) -> None:
         if text and (rest := self._spoken.rest(kind, text, where, part, parts)):
-            self._say(kind, rest, object() if rest is text else self._paragraph)
+            self._say(kind, rest, object() if rest == text else self._paragraph)
 
 
 def _part(of: str, frame: Mapping[str, Any]) -> Part:
