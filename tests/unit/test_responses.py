@@ -710,6 +710,7 @@ def test_a_call_that_begins_behind_the_end_of_another_is_another_one_whatever_it
         stream += [added(begun, output_index=n), *pieces(item["arguments"], **place)]
         stream.append(done({**item, "call_id": "call_1"}, output_index=n))
     assert [arguments for *_, arguments in decode(*stream, completed()).calls] == ['{"a":1}', '{"b":2}']
+    assert len(decode(*stream, stream[-3], completed()).calls) == 2, "but one that begins twice is one"
 
 
 def test_pieces_for_a_call_that_ended_without_arguments_are_another_ones() -> None:

@@ -109,8 +109,8 @@ class OutputCalls:
         name, arguments = _word(item.get("name")), json_text(item.get("arguments", item.get("input")))
         where = {**place, "item_id": item.get("id")}
         call = self._named(item)
-        if call and call.has_ended and not is_done:
-            call = None  # Servers give several calls one call_id.
+        if call and call.has_ended and not is_done and call not in self._at({"item_id": item.get("id")}):
+            call = None  # Another item, which only has the same call_id.
         if call is None and (is_done or not _call_id(item)):
             call = self._taken_for(name, arguments, where)
         if call is None:
