@@ -153,7 +153,8 @@ def check_request(*, max_body_bytes: int | None = None, **fields: Any) -> None:
     Raises:
         InvalidRequest: which one is wrong and why.
     """
-    parse_request(fields, max_body_bytes=max_body_bytes or MAX_BODY_BYTES)
+    request = parse_request(fields, max_body_bytes=max_body_bytes or MAX_BODY_BYTES)
+    job_record(request, now_ms=0)
 
 
 def check_job_id(job_id: str, field: str = "job_id") -> str:

@@ -62,6 +62,10 @@ class Submission(NamedTuple):
     keeping: bytes | None
     """The command that keeps the request, of a job that may have a next turn."""
 
+    def __repr__(self) -> str:
+        # Without the record: prompts belong into no log.
+        return f"Submission({self.id}, {self.lane}, {len(self.record)} bytes)"
+
 
 class Submitter:
     """Checks and sends what a producer submits."""

@@ -1,13 +1,17 @@
 """Bodies of responses as aiohttp's parser feeds them: passed on at once, whole, and ended as aiohttp ends them."""
 
 import asyncio
+import gc
 import gzip
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import aiohttp
 import pytest
 
+from deltafan_worker import _body
 from deltafan_worker._body import read_body
 from support.waiting import wait_until
 
@@ -152,15 +156,47 @@ async def test_what_the_reader_raises_ends_the_reading_and_nothing_else() -> Non
                     await read_body(response, take)
 
 
-async def test_a_body_that_is_cut_is_aiohttps_error() -> None:
+@pytest.mark.parametrize("how", ["closed", "reset"])
+async def test_a_body_that_is_cut_is_aiohttps_error(how: str, caplog: pytest.LogCaptureFixture) -> None:
     async def say(writer: asyncio.StreamWriter) -> None:
         await say_in_packets(writer, [CHUNKED, chunk(PIECES[0])])
+        if how == "reset":
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.close()
 
     async with serving(say) as (server, session), session.get(server.url) as response:
         with pytest.raises(aiohttp.ClientPayloadError):
             await read_body(response, taken := Taken())
         assert taken.data == PIECES[0]
+    del response
+    gc.collect()
+    assert caplog.text == "", "no error that nobody has asked for"
+
+
+async def test_framing_that_breaks_in_mid_body_ends_the_reading() -> None:
+    """aiohttp closes the connection, and tells no reader."""
+    broken = [CHUNKED, chunk(PIECES[0]), b"HTTP/1.1 502 Bad Gateway\r\n\r\n"]
+    async with serving(lambda writer: say_in_packets(writer, broken)) as (server, session), asyncio.timeout(5):
+        async with session.get(server.url) as response:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await read_body(response, taken := Taken())
+        assert taken.data == PIECES[0]
+
+
+async def test_what_arrives_together_with_what_was_enough_is_passed_on_too() -> None:
+    together = [CHUNKED, chunk(PIECES[0]), chunk(PIECES[1]) + chunk(PIECES[2]), chunk(b"late")]
+    async with serving(lambda writer: say_in_packets(writer, together)) as (server, session), asyncio.timeout(5):
+        async with session.get(server.url) as response:
+            await read_body(response, taken := Taken(limit=len(PIECES[0]) + 1))
+        assert taken.data == b"".join(PIECES)
+
+
+async def test_a_version_that_is_not_known_is_read_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_body, "_IS_HELD", False)
+    async with serving(lambda writer: say_in_packets(writer, packets("chunked"))) as (server, session):
+        async with session.get(server.url) as response:
+            await read_body(response, taken := Taken())
+        assert (taken.data, taken.at_once) == (b"".join(PIECES), 0)
 
 
 async def test_a_reader_that_is_cancelled_is_given_nothing_more() -> None:

@@ -25,6 +25,7 @@ from deltafan import (
     Producer,
     RedisUnavailable,
     StreamExpired,
+    check_request,
     fold,
 )
 from support.valkey import Valkey
@@ -359,6 +360,17 @@ async def test_a_wrong_request_is_refused_at_the_door(
     with pytest.raises(InvalidRequest, match=rf"^requests\[1\]\.{message}"):
         await producer.submit_many([{"model": "ok", "messages": HI}, fields])
     assert await redis.keys("*") == [], "nothing was sent"
+
+
+def test_a_check_refuses_what_a_submit_would() -> None:
+    with pytest.raises(InvalidRequest, match="body: can not be written as JSON"):
+        check_request(model="m", messages=HI, body={"x": nested(252)})
+
+
+def test_what_is_submitted_shows_no_prompt(producer: Producer) -> None:
+    shown = repr(producer._submitter.check({"model": "m", "messages": [{"role": "user", "content": "hunter2"}]}))
+    assert "interactive" in shown
+    assert "hunter2" not in shown
 
 
 async def test_the_limit_is_of_the_body_alone(redis_url: str) -> None:

@@ -44,6 +44,18 @@ def test_interactive_jobs_may_fill_all_slots_and_go_first() -> None:
     assert first_come(slots, {INTERACTIVE: 2, BATCH: 50}, Counter()) == {INTERACTIVE: 2, BATCH: 8}
 
 
+def test_batch_jobs_that_a_claim_was_too_small_for_do_not_wait_yet() -> None:
+    clock = Clock()
+    slots = Slots(2, 100, Shares(batch=0.1, patience_s=5), clock)
+    slots.note(Counter({BATCH: 8}), [0, 1])
+    clock.now_s += 60
+    slots.note(Counter({INTERACTIVE: 20, BATCH: 9}), [1, 1])
+    assert slots.passes(Counter({INTERACTIVE: 20, BATCH: 9}))[0][0] == INTERACTIVE
+    slots.note(Counter({INTERACTIVE: 91, BATCH: 9}), [1, 1])
+    clock.now_s += 5
+    assert slots.passes(Counter({INTERACTIVE: 90, BATCH: 9}))[0] == (BATCH, 1)
+
+
 def test_batch_jobs_that_waited_long_enough_go_first_up_to_their_share() -> None:
     clock = Clock()
     slots = Slots(2, 10, Shares(batch=0.2, patience_s=5), clock)

@@ -2,7 +2,7 @@
 
 aiohttp's own way, a buffer, a future and a task to be woken for each packet, is a sixth of all that a delta costs which
 arrives alone. So its StreamReader is told to pass on what its parser feeds it. That touches what aiohttp does not
-document; `tests/contract/test_bodies.py` holds it to that.
+document: versions that `tests/contract/test_bodies.py` has not held are read as documented.
 """
 
 import asyncio
@@ -13,13 +13,15 @@ import aiohttp
 from aiohttp import StreamReader
 
 Take: TypeAlias = Callable[[bytes], bool]
-"""Takes the next bytes; returns whether more are wanted."""
+"""Takes the next bytes; returns whether more are wanted. What has arrived already comes all the same."""
+
+_IS_HELD = aiohttp.__version__.startswith("3.14.")
 
 
 async def read_body(response: aiohttp.ClientResponse, take: Take) -> None:
     """Give `take` what comes, until it wants no more or the body ends. Raises what it raises, and what aiohttp does."""
     content = response.content
-    if type(content) is not StreamReader or "Content-Encoding" in response.headers:
+    if not _IS_HELD or type(content) is not StreamReader or "Content-Encoding" in response.headers:
         while (data := await content.readany()) and take(data):
             pass
         return
@@ -27,17 +29,34 @@ async def read_body(response: aiohttp.ClientResponse, take: Take) -> None:
         if not take(data):
             return
     if not content.is_eof():
-        await _Passing(content, take)
+        await _Passing(response, take)
 
 
 class _Passing(asyncio.Future[None]):
     """Done when no more is wanted, or comes. It stands where a reader's future would: aiohttp tells it of the end."""
 
-    def __init__(self, content: StreamReader, take: Take) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, take: Take) -> None:
         super().__init__(loop=asyncio.get_running_loop())
         self.take = take
-        content.__class__ = _PassingReader
-        content._waiter = self  # noqa: SLF001
+        content: Any = response.content
+        content.__class__, content._waiter = _PassingReader, self  # noqa: SLF001
+        # Of framing that breaks in mid-body it tells nobody: the parser has forgotten the reader by then.
+        closed = None if response.connection is None else response.connection.protocol.closed  # type: ignore[union-attr]
+        if closed is None:
+            self._on_closed()
+        else:
+            closed.add_done_callback(self._on_closed)
+
+    def settle(self) -> None:
+        """Nothing more is wanted."""
+        if not self.done():
+            self.set_result(None)
+
+    def _on_closed(self, closed: "asyncio.Future[None] | None" = None) -> None:
+        if closed is not None and not closed.cancelled():
+            closed.exception()  # else it complains that nobody has asked
+        if not self.done():
+            self.set_exception(aiohttp.ClientPayloadError("the connection was closed in mid-body"))
 
 
 class _PassingReader(StreamReader):
@@ -51,7 +70,7 @@ class _PassingReader(StreamReader):
         if data and passing is not None and not passing.done():
             try:
                 if not passing.take(data):
-                    passing.set_result(None)
+                    passing.get_loop().call_soon(passing.settle)
             except Exception as error:  # noqa: BLE001  it is for whoever waits; the parser would take it for its own
                 passing.set_exception(error)
                 passing.exception()  # a task that is cancelled at this moment will not ask for it

@@ -44,7 +44,7 @@ class Slots:
         room = self._concurrency - sum(running.values())
         if self._queues == 1:
             return [(1, room)]
-        patient = min(room, self._most_patient - running.get(2, 0))
+        patient = self._room(running)
         aged = min(patient, self._due_patient - running.get(2, 0)) if self._is_overdue() else 0
         passes = [(2, aged), (1, room), (2, patient)]
         return [(index, most) for index, most in passes if most > 0]
@@ -53,9 +53,13 @@ class Slots:
         """Learn from a claim which queues have due jobs left."""
         if self._queues == 1 or not left[1]:
             self._waiting_since = None
-        elif self._waiting_since is None and running.get(2, 0) < self._due_patient:
+        elif self._waiting_since is None and running.get(2, 0) < self._due_patient and not self._room(running):
             # From then on, as long as some wait, their share is theirs: short jobs would else wait anew each time.
             self._waiting_since = self._clock()
+
+    def _room(self, running: Mapping[int, int]) -> int:
+        """Slots that batch jobs may take without having waited."""
+        return max(0, min(self._concurrency - sum(running.values()), self._most_patient - running.get(2, 0)))
 
     def _is_overdue(self) -> bool:
         return self._waiting_since is not None and self._clock() - self._waiting_since >= self._patience_s

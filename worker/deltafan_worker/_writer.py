@@ -161,7 +161,7 @@ class StreamWriter:
         return Broken(Position(self.attempt, len(self.log)), deltas) if deltas else None
 
     def extend(self, deltas: Iterable[Delta]) -> None:
-        """Add deltas to the stream, all of a packet at once: they go out now, or with the next flush."""
+        """Add deltas to the stream: they go out at the end of the event loop's turn, or with the next flush."""
         append = self.log.append
         for delta in deltas:
             append(delta)

@@ -1,6 +1,6 @@
 -- KEYS  arq job, arq in-progress, arq result, queue, doorbell
--- ARGV  id, record, ttl_ms, ring ('1' to wake an idle worker | '0'), fair ('1' | '0'), tenant, max_queued ('' for a job that was known before: it is
--- never refused)
+-- ARGV  id, record, ttl_ms, ring ('1' to wake an idle worker | '0'), fair ('1' | '0'), tenant, max_queued ('' for a
+-- job that was known before: it is never refused)
 -- Returns {1 enqueued | 0 already queued or running | 'FULL', how many wait}
 if ARGV[7] ~= '' and redis.call('EXISTS', KEYS[1], KEYS[2]) == 0 then
   local count = waiting(KEYS[4])

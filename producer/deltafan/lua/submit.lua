@@ -5,7 +5,8 @@
 --       [, id, record, tenant]
 -- Returns of each job {'NEW' | 'EXISTS' | 'CONFLICT', status}, or {'FULL', how many wait}: nothing is written.  With the
 -- queue's keys it enqueues as well, also when the job is known but has not ended: a submit that died between its two
--- writes is mended by the next.  Of those that it enqueues so many ring as `rings` says.
+-- writes is mended by the next.  Of those that it enqueues so many ring as `rings` says.  An error in between, as of a
+-- key that is not ours, leaves the jobs behind it unmade: the submit of all of them is to be repeated.
 local LIVE_MS, TICKET, MAX_QUEUED, QUEUE_MS, RINGS, FAIR = unpack(ARGV, 1, 6)
 local TOGETHER = QUEUE_MS ~= ''
 local KEYS_EACH, ARGS_EACH = TOGETHER and 6 or 3, TOGETHER and 5 or 2
