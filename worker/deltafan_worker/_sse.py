@@ -92,12 +92,15 @@ class SseDecoder:
     def _without_whole_events(self, data: bytes) -> bytes:
         """Take the first events in one go, each an object on one line. The rules stay those of `_take`."""
         at = 0
-        while len(data) <= self._limit_bytes and (head := _HEAD.match(data, at)) is not None:
-            start = head.end()
+        while len(data) <= self._limit_bytes:
+            start, name, status = at + 6, None, None
+            if not data.startswith(b"data: {", at):
+                if (head := _HEAD.match(data, at)) is None:
+                    break
+                start, (name, status) = head.end(), head.groups()
             end = data.find(b"\n", start)
             if data[end - 1 : end + 2] != b"}\n\n" or data.find(b"\r", start, end) >= 0:
                 break
-            name, status = head.groups()
             self._events.append(_new(SseEvent, (name or b"", data[start:end], int(status) if status else None)))
             at = end + 2
         return data[at:] if at else data
