@@ -37,26 +37,37 @@ class Spoken:
         self._speakers: dict[str, _Item] = {}
         """Of each kind, the item that said something last."""
         self._is_settled = False
+        self._last_place: tuple[object, ...] | None = None
+        """Of the last delta: nearly each goes on where the one before it was, and nothing is to be looked up then."""
+        self._last_said = Said()
 
     def begin(self, where: Mapping[str, Any]) -> None:
         """An item begins, maybe at the index of another one. Its texts may leave out its id."""
+        self._last_place = None
         if (item_id := place_name(where.get("item_id"))) is None or ("item_id", item_id) not in self._by_name:
             item = self._open(where)
             item.is_certain = item is not self._nameless
 
     def note(self, kind: str, text: str, where: Mapping[str, Any], part: Part) -> bool:
         """A delta. False if it is not to be said: it is in another form than what its item said before."""
+        place = kind, where.get("item_id"), where.get("output_index"), part
+        if place == self._last_place and not self._together:
+            said = self._last_said
+            said.words += words_of(said.joined(text))
+            said.is_spaced = text[-1].isspace()
+            return True
         item, (of, number) = self._item(where), part
         said = self._said(item, kind, of)
         if said.of not in ("", of):
             return False
         said.begin_part(number)
         self._add(kind, item, text, words_of(said.joined(text)), is_whole=False)
+        self._last_place, self._last_said = place, said
         return True
 
     def has_all(self, kind: str, text: str, where: Mapping[str, Any]) -> bool:
         """Whether an item's texts are what was said of it, whatever the numbers of its parts."""
-        item, words = self._find(where), words_of(text)
+        item, words, self._last_place = self._find(where), words_of(text), None
         said = item.said.get(kind) if item else None
         if said is None or not words or not said.words.endswith(words):
             return False
@@ -68,7 +79,7 @@ class Spoken:
 
         `parts` is how many texts of that kind its item has.
         """
-        (of, number), words = part, words_of(text)
+        (of, number), words, self._last_place = part, words_of(text), None
         item = self._find_whole(kind, words, where)
         own = item.said.get(kind) if item else None
         if own and item:
@@ -87,7 +98,7 @@ class Spoken:
 
     def settle(self, items: Sequence[tuple[Any, Mapping[str, str]]]) -> None:
         """The final object has these items: id, texts by kind. What was said of another one may be of any of them."""
-        self._is_settled = True
+        self._is_settled, self._last_place = True, None
         found = {self._by_name.get(("item_id", key)) for name, _ in items if (key := place_name(name)) is not None}
         for item in self._items:
             item.is_certain = item in found and item.id is not None
