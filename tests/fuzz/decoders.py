@@ -203,7 +203,7 @@ def _seal(api: str, outcome: Outcome) -> None:
     """Write the last records of a job, as its run would."""
     log = AttemptLog()
     for kind, data in outcome.deltas:
-        log.append(Delta(kind, data))
+        log.extend([Delta(kind, data)])
     route = Route(provider="p", api=api, model="m", url="")
     meter = CallMeter(job_id="j", call_id="c", lane="batch", tenant=None, worker="w", submitted_at_ms=None, route=route)
     meter.note(outcome.decoder)

@@ -20,8 +20,7 @@ DELTAS = st.lists(
 
 def filled(deltas: list[Delta]) -> AttemptLog:
     log = AttemptLog()
-    for delta in deltas:
-        log.append(delta)
+    log.extend(deltas)
     return log
 
 

@@ -31,8 +31,7 @@ class AttemptLog:
         self._codes = bytearray()
         self._ends = array("I")
         self._data = bytearray()
-        for delta in kept:
-            self.append(delta)
+        self.extend(kept)
         self._kept = len(self._codes)
 
     def __len__(self) -> int:
@@ -48,11 +47,13 @@ class AttemptLog:
         """What was kept is written again as this attempt's own."""
         self._kept = 0
 
-    def append(self, delta: Delta) -> None:
-        """Add a delta."""
-        self._codes.append(_CODES[delta.type])
-        self._data += delta.data
-        self._ends.append(len(self._data))
+    def extend(self, deltas: Iterable[Delta]) -> None:
+        """Add deltas."""
+        codes, ends, data = self._codes, self._ends, self._data
+        for kind, text in deltas:
+            codes.append(_CODES[kind])
+            data += text
+            ends.append(len(data))
 
     def deltas(self) -> list[Delta]:
         """All deltas, kept ones first."""

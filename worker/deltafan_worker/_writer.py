@@ -162,9 +162,7 @@ class StreamWriter:
 
     def extend(self, deltas: Iterable[Delta]) -> None:
         """Add deltas to the stream: they go out at the end of the event loop's turn, or with the next flush."""
-        append = self.log.append
-        for delta in deltas:
-            append(delta)
+        self.log.extend(deltas)
         if self._flowing:
             self._publisher.flush_soon(self)
 
