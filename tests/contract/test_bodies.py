@@ -5,6 +5,7 @@ import gc
 import gzip
 import socket
 import struct
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -171,6 +172,24 @@ async def test_a_body_that_is_cut_is_aiohttps_error(how: str, caplog: pytest.Log
     del response
     gc.collect()
     assert caplog.text == "", "no error that nobody has asked for"
+
+
+async def test_a_connection_that_is_kept_keeps_nothing_of_what_it_brought() -> None:
+    async with serving(lambda writer: say_in_packets(writer, packets("chunked"))) as (server, session):
+        kept = []
+        for _ in range(3):
+            taken = Taken()
+            kept.append(weakref.ref(taken))
+            async with session.get(server.url) as response:
+                await read_body(response, taken)
+        del taken, response
+        assert server.connections == 1
+
+        def is_let_go() -> bool:
+            gc.collect()
+            return not any(ref() for ref in kept)
+
+        await wait_until(is_let_go, "nobody holds what has been read", timeout_s=5)
 
 
 async def test_framing_that_breaks_in_mid_body_ends_the_reading() -> None:

@@ -15,6 +15,7 @@ from aiohttp import StreamReader
 Take: TypeAlias = Callable[[bytes], bool]
 """Takes the next bytes; returns whether more are wanted. What has arrived already comes all the same."""
 
+_CLOSED = "the connection was closed in mid-body"
 _IS_HELD = aiohttp.__version__.startswith("3.14.")
 
 
@@ -29,34 +30,47 @@ async def read_body(response: aiohttp.ClientResponse, take: Take) -> None:
         if not take(data):
             return
     if not content.is_eof():
-        await _Passing(response, take)
+        await _pass_on(response, take)
+
+
+async def _pass_on(response: aiohttp.ClientResponse, take: Take) -> None:
+    # Of framing that breaks in mid-body aiohttp tells nobody: its parser has forgotten the reader by then.
+    closed = None if response.connection is None else response.connection.protocol.closed  # type: ignore[union-attr]
+    if closed is None:
+        raise aiohttp.ClientPayloadError(_CLOSED)
+    passing = _Passing(response.content, take)
+    closed.remove_done_callback(_hear)  # once, however many responses the connection serves
+    closed.add_done_callback(_hear)
+    closed.add_done_callback(passing.on_closed)
+    try:
+        await passing
+    finally:  # a connection that is kept would keep the answer
+        closed.remove_done_callback(passing.on_closed)
+
+
+def _hear(closed: "asyncio.Future[None]") -> None:
+    """Else it complains that nobody has asked for its error."""
+    if not closed.cancelled():
+        closed.exception()
 
 
 class _Passing(asyncio.Future[None]):
     """Done when no more is wanted, or comes. It stands where a reader's future would: aiohttp tells it of the end."""
 
-    def __init__(self, response: aiohttp.ClientResponse, take: Take) -> None:
+    def __init__(self, content: Any, take: Take) -> None:
         super().__init__(loop=asyncio.get_running_loop())
         self.take = take
-        content: Any = response.content
         content.__class__, content._waiter = _PassingReader, self  # noqa: SLF001
-        # Of framing that breaks in mid-body it tells nobody: the parser has forgotten the reader by then.
-        closed = None if response.connection is None else response.connection.protocol.closed  # type: ignore[union-attr]
-        if closed is None:
-            self._on_closed()
-        else:
-            closed.add_done_callback(self._on_closed)
 
     def settle(self) -> None:
         """Nothing more is wanted."""
         if not self.done():
             self.set_result(None)
 
-    def _on_closed(self, closed: "asyncio.Future[None] | None" = None) -> None:
-        if closed is not None and not closed.cancelled():
-            closed.exception()  # else it complains that nobody has asked
+    def on_closed(self, _closed: "asyncio.Future[None]") -> None:
+        """Nothing more can come."""
         if not self.done():
-            self.set_exception(aiohttp.ClientPayloadError("the connection was closed in mid-body"))
+            self.set_exception(aiohttp.ClientPayloadError(_CLOSED))
 
 
 class _PassingReader(StreamReader):
