@@ -202,6 +202,10 @@ def test_whose_quota_is_used_up(error: UpstreamError, exhausted: bool, of_its_mo
     assert (error.is_exhausted, error.is_exhausted and error.is_of_model) == (exhausted, of_its_model)
 
 
+def test_half_a_character_inside_an_error_finish_is_no_defect() -> None:
+    assert "no \ufffd" in from_error_text('{"code": "c", "message": "no \ud83d"}').message
+
+
 def test_the_frame_inside_an_error_finish_is_read() -> None:
     text = (
         'id:1\nevent:error\n:HTTP_STATUS/429\ndata:{"request_id":"r","code":"Throttling.AllocationQuota","message":"m"}'

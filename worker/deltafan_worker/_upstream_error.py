@@ -171,7 +171,7 @@ def from_payload(payload: Mapping[str, Any], *, status: int | None = None) -> Up
 def from_error_text(text: str) -> UpstreamError:
     """The error that DashScope puts, as the text of a whole native frame, where output should stand."""
     match = _STATUS_IN_TEXT.search(text)
-    return from_payload(_payload_of(text.encode()), status=int(match[1]) if match else None)
+    return from_payload(_payload_of(whole_characters(text).encode()), status=int(match[1]) if match else None)
 
 
 def too_long(max_bytes: int) -> UpstreamError:
