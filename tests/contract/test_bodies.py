@@ -3,14 +3,25 @@
 import asyncio
 import gc
 import gzip
+import random
 import socket
+import ssl
 import struct
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from itertools import pairwise
+from pathlib import Path
 
 import aiohttp
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from deltafan_worker import _body
 from deltafan_worker._body import read_body
@@ -44,11 +55,15 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(say: Say) -> AsyncIterator[tuple[Server, aiohttp.ClientSession]]:
+async def serving(
+    say: Say, certificate: tuple[ssl.SSLContext, ssl.SSLContext] | None = None
+) -> AsyncIterator[tuple[Server, aiohttp.ClientSession]]:
     server = Server(say)
-    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
-    server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/"
-    async with aiohttp.ClientSession() as session:
+    of_server, of_client = certificate or (None, True)
+    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=of_server)
+    scheme, port = "https" if certificate else "http", listening.sockets[0].getsockname()[1]
+    server.url = f"{scheme}://127.0.0.1:{port}/"
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=of_client)) as session:
         yield server, session
     listening.close()
 
@@ -108,6 +123,97 @@ async def test_a_body_is_passed_on_whole_and_its_connection_used_again(kind: str
             assert taken.data == b"".join(PIECES)
             # Most of it: what came with the head is read as it lies there. What is compressed is read as aiohttp does.
             assert taken.at_once == 0 if kind == "compressed" else taken.at_once >= len(PIECES) - 1
+        assert server.connections == 1
+
+
+async def test_whole_chunks_go_around_the_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    fed: list[bytes] = []
+    monkeypatch.setattr(_body._PassingReader, "feed_data", lambda _reader, data, _size=0: fed.append(data))
+    pieces = [b"%d," % n for n in range(20)]
+    said = [CHUNKED, *map(chunk, pieces), b"0\r\n\r\n"]
+    async with serving(lambda writer: say_in_packets(writer, said)) as (server, session):
+        async with session.get(server.url) as response:
+            await read_body(response, taken := Taken())
+    assert len(fed) == 1, "the first one, which tells where chunks end"
+    assert taken.data == b"".join(piece for piece in pieces if piece != fed[0])
+
+
+def framed(body: bytes, chance: random.Random) -> bytes:
+    """One chunk, as odd as it may be written."""
+    head = f"{len(body):x}"
+    head = chance.choice((head, head, head.upper(), f"000{head}", f"{head};name=value"))
+    return head.encode() + b"\r\n" + body + b"\r\n"
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_chunks_are_passed_on_whole_however_they_are_written_and_cut(seed: int) -> None:
+    chance = random.Random(seed)
+    pieces = [chance.choice((b"\r\n", b"5\r\n", b"0\r\n\r\n", b"1\r\na\r\n", b"data: x\n\n", b"a")) for _ in range(30)]
+    chunks = [framed(piece, chance) for piece in pieces]
+    whole, at = b"".join(chunks), [sum(map(len, chunks[:n])) for n in range(30)]
+    at = sorted({*chance.sample(at, 20), *(chance.randrange(len(whole)) for _ in range(8))})
+    cut = [whole[start:end] for start, end in pairwise((0, *at, len(whole))) if start < end]
+    async with serving(lambda writer: say_in_packets(writer, [CHUNKED, *cut, b"0\r\n\r\n"])) as (server, session):
+        for _ in range(2):
+            async with session.get(server.url) as response:
+                await read_body(response, taken := Taken())
+            assert taken.data == b"".join(pieces)
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        [b"5;name=", b"5\r\nhello\r\n"],  # what is left of a head looks like one
+        [b"d\r\nx\r\n", b"5\r\nhello\r\n", b"\r\n"],  # and so does the inside of a chunk
+    ],
+)
+async def test_what_looks_like_a_chunk_and_is_none(cut: list[bytes]) -> None:
+    said = [CHUNKED, chunk(PIECES[0]), chunk(PIECES[1]), *cut, chunk(PIECES[2]), b"0\r\n\r\n"]
+    async with serving(lambda writer: say_in_packets(writer, said)) as (server, session), asyncio.timeout(5):
+        async with session.get(server.url) as response:
+            await read_body(response, taken := Taken())
+        inside = b"hello" if len(cut) == 2 else b"x\r\n5\r\nhello\r\n"
+        assert taken.data == PIECES[0] + PIECES[1] + inside + PIECES[2]
+
+
+@pytest.mark.parametrize("end", [b"", b"xx", b"\n\r"])
+async def test_a_chunk_with_another_end_than_its_head_tells_is_broken_framing(end: bytes) -> None:
+    broken = [CHUNKED, chunk(PIECES[0]), b"5\r\nhello" + end, b"5\r\nhello\r\n"]
+    async with serving(lambda writer: say_in_packets(writer, broken)) as (server, session), asyncio.timeout(5):
+        async with session.get(server.url) as response:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await read_body(response, taken := Taken())
+        assert taken.data == PIECES[0] + b"hello"
+
+
+def self_signed(folder: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """What a server proves itself with, and what a client believes."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now, address = datetime.now(tz=UTC), x509.IPAddress(ip_address("127.0.0.1"))
+    made = x509.CertificateBuilder(
+        name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1)
+    )
+    made = made.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+    certificate = made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+    (folder / "both.pem").write_bytes(
+        certificate + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(folder / "both.pem")
+    return server, ssl.create_default_context(cadata=certificate.decode())
+
+
+@pytest.mark.parametrize("kind", ["chunked", "chunks cut anywhere", "with its length"])
+async def test_a_body_that_comes_encrypted(kind: str, tmp_path: Path) -> None:
+    say: Say = lambda writer: say_in_packets(writer, packets(kind))  # noqa: E731
+    async with serving(say, self_signed(tmp_path)) as (server, session):
+        for _ in range(2):
+            async with session.get(server.url) as response:
+                await read_body(response, taken := Taken())
+            assert taken.data == b"".join(PIECES)
+            assert taken.at_once >= len(PIECES) - 1
         assert server.connections == 1
 
 
