@@ -3,8 +3,8 @@
 Takes recorded shapes of each API apart and puts them together wrong: bytes flipped, cut and repeated, frames dropped
 and mixed, JSON values replaced by others or spread over two frames, the stream cut anywhere. Whatever comes, a decoder
 may raise UpstreamError and nothing else, gives valid UTF-8 that can be folded, and comes to the same end however the
-bytes are cut; and of all that it gives the job's last records can be written. Then one line of 64 MiB: time and memory
-must grow in step with it.
+bytes are cut, and whether it parses each event or not; and of all that it gives the job's last records can be written.
+Then one line of 64 MiB: time and memory must grow in step with it.
 """
 
 import json
@@ -52,6 +52,9 @@ ANSWERS = (
         finish="tool_calls",
     ),
     Answer([Text("Hi"), Audio(bytes(range(40)), "Hi"), Audio(bytes(7))]),
+    Answer(
+        [*map(Reasoning, ("Let", " me", " see", "\n", '"')), *map(Text, ("1", "10", "\\", "\u2028", "世", " a", "."))]
+    ),
     Answer([Text("Once"), Fault("Throttling.RateQuota", "slow down 🌍", status=429)]),
 )
 SOURCE = {"type": "url_citation", "url": "http://a", "title": "世"}
@@ -134,6 +137,12 @@ def mutated(whole: list[bytes], chance: random.Random) -> bytes:
     return stream[: chance.randrange(len(stream) + 1)] if chance.random() < 0.2 else stream
 
 
+def _events(stream: bytes) -> list[bytes]:
+    """The stream as most servers send it, an event to a packet."""
+    *events, rest = stream.split(b"\n\n")
+    return [*(event + b"\n\n" for event in events), rest]
+
+
 def _json_replaced(frame: bytes, chance: random.Random) -> bytes:
     """The frame with one value of its object replaced."""
     head, value = _parsed(frame)
@@ -189,8 +198,10 @@ def fuzz(api: str, cases: int, seed: int) -> int:
         cuts = sorted(chance.randrange(len(stream) + 1) for _ in range(chance.randrange(4)))
         pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
         try:
-            whole, cut = Outcome(APIS[api].decoder(model), stream), Outcome(APIS[api].decoder(model), *pieces)
+            whole = Outcome(APIS[api].decoder(model), stream, parses_all=True)
+            cut, events = (Outcome(APIS[api].decoder(model), *packets) for packets in (pieces, _events(stream)))
             assert cut == whole, "the outcome depends on how the bytes are cut"
+            assert events == whole, "the outcome depends on what is parsed"
             assert all(data.decode() for _, data in whole.deltas), "an empty delta"
             assert whole.generation is not None
             _seal(api, whole)

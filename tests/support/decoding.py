@@ -11,15 +11,21 @@ from deltafan_worker._upstream_error import UpstreamError
 
 
 class Outcome:
-    """The whole of it: deltas, how it ended, the error, usage and id."""
+    """The whole of it: deltas, how it ended, the error, usage and id.
 
-    def __init__(self, decoder: Decoder, *pieces: bytes) -> None:
+    Read as a worker reads it, or with every event parsed.
+    """
+
+    def __init__(self, decoder: Decoder, *pieces: bytes, parses_all: bool = False) -> None:
         self.decoder = decoder
         self.deltas: list[tuple[str, bytes]] = []
         self.error: UpstreamError | None = None
         self.finish: str | None = None
         try:
             for piece in pieces:
+                if not parses_all and (deltas := self.decoder.plain(piece)):
+                    self.deltas += deltas
+                    continue
                 self.decoder.feed(piece)
                 self._drain()
             self.decoder.end()

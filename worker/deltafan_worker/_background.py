@@ -4,7 +4,7 @@ So a cut connection, or a dead worker, costs neither the answer nor its price: w
 after the last one that was read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -51,6 +51,9 @@ class BackgroundDecoder(ResponsesDecoder):
         """A new connection begins: what the last one left half-read is sent again."""
         self._sse = SseDecoder()
         self._error = None
+
+    def _part(self, _frame: Mapping[str, Any]) -> None:
+        """None is plain: of each event the number is wanted."""
 
     def _take_object(self, frame: dict[str, Any], event: SseEvent) -> None:
         super()._take_object(frame, event)

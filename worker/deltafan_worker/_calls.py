@@ -256,11 +256,11 @@ def _publishing(writer: StreamWriter, meter: CallMeter) -> Callable[[list[Delta]
     clock = asyncio.get_running_loop().time
 
     def publish(deltas: list[Delta]) -> None:
-        writer.extend(deltas)
+        size_bytes = writer.extend(deltas)
         if meter.deltas == 0:
             meter.first_delta_s = clock()
         meter.deltas += len(deltas)
-        if writer.log.size_bytes > meter.route.max_output_bytes:
+        if size_bytes > meter.route.max_output_bytes:
             raise too_long(meter.route.max_output_bytes)
 
     return publish

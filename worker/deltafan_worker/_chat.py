@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltafan._events import CONTENT, REASONING, REFUSAL
+from deltafan_worker._alike import Part
 from deltafan_worker._decoder import Completion
-from deltafan_worker._frames import TRUNCATED, FrameDecoder, is_placeholder, text_of
+from deltafan_worker._frames import TRUNCATED, FrameDecoder, is_placeholder, only_text, text_of
 from deltafan_worker._sse import SseEvent
 from deltafan_worker._tool_calls import ToolCallMerger
 from deltafan_worker._upstream_error import UpstreamError, from_error_text, from_payload
 
 _RUNNING = (None, "", "null")
 """What servers put into finish_reason while they generate."""
+_TEXTS = {"content": CONTENT, "reasoning_content": REASONING, "reasoning": REASONING}
 _FAILED = ("error_finish", "error")
 """And when they fail. DashScope's error_finish has the error's own frame as its content, which is no output."""
 
@@ -49,6 +51,14 @@ class ChatDecoder(FrameDecoder):
             self._take_choice(choice, frame)
         if (not choices or event.event or "error" in frame) and _is_error(frame, event):
             self._fail(from_payload(frame, status=event.status))
+
+    def _part(self, frame: Mapping[str, Any]) -> Part | None:
+        choices = frame.get("choices")
+        choice = _first_choice(choices) if isinstance(choices, list) and len(choices) == 1 else None
+        if choice is None or frame.get("usage") or frame.get("error") or "type" in frame:
+            return None
+        is_running = choice.get("finish_reason") in _RUNNING and (self.response_id is not None or "id" not in frame)
+        return only_text(choice.get("delta"), _TEXTS) if is_running else None
 
     def _take_choice(self, choice: Mapping[str, Any], frame: Mapping[str, Any]) -> None:
         delta = choice.get("delta")

@@ -22,6 +22,11 @@ class Increments:
         self._is_open = True
         self.are_cumulative = False
 
+    @property
+    def are_plain(self) -> bool:
+        """Whether each text is known to be published as it comes."""
+        return not (self._is_open or self.are_cumulative)
+
     def take(self, texts: Sequence[tuple[str, str]]) -> None:
         """One frame's texts, by kind."""
         for kind, text in texts:

@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltafan._events import CONTENT, REASONING, Delta
+from deltafan_worker._alike import Part
 from deltafan_worker._cumulative import Increments
 from deltafan_worker._decoder import Completion
-from deltafan_worker._frames import TRUNCATED, FrameDecoder, is_placeholder, text_of
+from deltafan_worker._frames import TRUNCATED, FrameDecoder, is_placeholder, only_text, text_of
 from deltafan_worker._sse import SseEvent
 from deltafan_worker._tool_calls import ToolCallMerger
 from deltafan_worker._upstream_error import UpstreamError, from_payload
 
 _RUNNING = (None, "", "null")
 """The API writes the word null for an answer that goes on."""
+_TEXTS = {"content": CONTENT, "reasoning_content": REASONING}
 _JSON_IN_STRING = re.compile(r'\s*\[\s*\{\s*"text"\s*:\s*"')
 _TEXT_IN_JSON = re.compile(r'"text"\s*:\s*"((?:[^"\\]|\\(?:[^u]|u[0-9a-fA-F]{4}))*)')
 
@@ -73,6 +75,22 @@ class DashScopeDecoder(FrameDecoder):
         output = frame.get("output")
         message = output.get("message") if isinstance(output, dict) else None
         return isinstance(message, dict) and message.get("phase") == "KeepAlive"
+
+    def _part(self, frame: Mapping[str, Any]) -> Part | None:
+        output = frame.get("output")
+        if not isinstance(output, dict) or not self._increments.are_plain or self._may_be_json:
+            return None
+        choices = output.get("choices")
+        choice = _first_choice(output) if isinstance(choices, list) and len(choices) == 1 else {}
+        others = {key for key, value in output.items() if value and key != "choices"}
+        is_running = choice.get("finish_reason") in _RUNNING and (
+            self.response_id is not None or "request_id" not in frame
+        )
+        return only_text(choice.get("message"), _TEXTS) if is_running and not others else None
+
+    def _catch_up(self) -> None:
+        if self._alike is not None and self._alike.has_read:
+            self._note_usage(self._alike.last_object().get("usage"))
 
     def _take_output(self, output: Mapping[str, Any]) -> None:
         choice = _first_choice(output)

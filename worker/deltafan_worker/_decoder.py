@@ -21,13 +21,21 @@ class Decoder(Protocol):
     """Data frames so far. Comments do not count, so this tells a silent server from a slow one."""
     finished: bool
     """The stream has said that it is over: nothing more needs to be read."""
-    usage: Mapping[str, Any] | None
-    """The last usage object that was not empty: every one is a running total."""
     response_id: str | None
+
+    @property
+    def usage(self) -> Mapping[str, Any] | None:
+        """The last usage object that was not empty: every one is a running total."""
 
     @property
     def is_whole(self) -> bool:
         """The answer has its end: what may still follow is its usage, and no error takes anything back."""
+
+    def plain(self, packet: bytes) -> list[Delta]:
+        """The deltas of a packet that can be read at once, as its events are like the one before. None: feed it.
+
+        To be asked when all that was fed has been taken.
+        """
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the stream."""

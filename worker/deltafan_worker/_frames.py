@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from deltafan._events import ANNOTATION, AUDIO, TOOL_CALL, Delta, audio_data, tool_call_data
+from deltafan_worker._alike import Alike, Part, alike
 from deltafan_worker._plain import plain, whole_characters
 from deltafan_worker._sse import SseDecoder, SseEvent, SseLimitExceeded
 from deltafan_worker._upstream_error import UpstreamError
@@ -16,20 +17,28 @@ from deltafan_worker._upstream_error import UpstreamError
 _KEEP_ALIVES = ("ping", "keepalive", "keep-alive", "heartbeat")
 _KEEP_ALIVE_EVENTS = frozenset(name.encode() for name in _KEEP_ALIVES)
 _new = tuple.__new__
+_MOST_IN_VAIN = 16
+"""So many packets in a row were fed, until no more is looked for events that are alike."""
 TRUNCATED = "the stream ended before the answer did"
 
 
 class FrameDecoder:
     """Base of the decoders. A subclass takes each frame's object in `_take_object` and says how it all ended."""
 
+    _keeps_text = False
+    """Whether the texts of plain events are wanted at the end."""
+
     def __init__(self) -> None:
         self.frames = 0
         self.finished = False
-        self.usage: Mapping[str, Any] | None = None
         self.response_id: str | None = None
         self._sse = SseDecoder()
         self._deltas: deque[Delta] = deque()
+        self._packet: bytes | None = None
+        self._alike: Alike | None = None
+        self._in_vain = 0
         self._error: UpstreamError | None = None
+        self._usage: Mapping[str, Any] | None = None
         self._finish_reason: str | None = None
         self._said_something = False
         self._held: dict[str, str] = {}
@@ -41,8 +50,27 @@ class FrameDecoder:
         """Whether the answer has its end."""
         return self._finish_reason is not None
 
+    @property
+    def usage(self) -> Mapping[str, Any] | None:
+        """The last usage object that was not empty."""
+        self._catch_up()
+        return self._usage
+
+    def plain(self, packet: bytes) -> list[Delta]:
+        """The next deltas, if all events of the packet are like the last one. None: it is to be fed."""
+        events = self._alike or self._learn()
+        if events is None:
+            return []
+        deltas = events.read(packet)
+        self.frames += len(deltas)
+        return deltas
+
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
+        self._catch_up()
+        has_read = self._alike is not None and self._alike.has_read
+        self._alike, self._in_vain = None, 0 if has_read else self._in_vain + 1
+        self._packet = data if self._in_vain < _MOST_IN_VAIN and self._sse.is_idle else None
         self._sse.feed(data)
 
     def feed_whole(self, body: bytes) -> None:
@@ -74,6 +102,23 @@ class FrameDecoder:
             elif self._error is None:
                 return None
         return self._deltas.popleft()
+
+    def _part(self, frame: Mapping[str, Any]) -> Part | None:
+        """Of which text an event brings a piece, if it would change nothing else when it came again with another."""
+        raise NotImplementedError
+
+    def _catch_up(self) -> None:
+        """Take from plain events what the end of an answer needs; called as often as that may be."""
+
+    def _learn(self) -> Alike | None:
+        """Look for what the next events may be like: the last packet's last one, which has been taken."""
+        packet, self._packet = self._packet, None
+        if packet is None or self._deltas or self._held or self._error or self.finished or not self._sse.is_idle:
+            return None
+        if self._finish_reason is None:
+            part_of = lambda name, frame: None if name in _KEEP_ALIVE_EVENTS else self._part(frame)  # noqa: E731
+            self._alike = alike(packet, part_of, keeps_text=self._keeps_text)
+        return self._alike
 
     def _is_keep_alive(self, frame: Mapping[str, Any]) -> bool:
         """Whether a frame says nothing but that the server is there: it does not count against a silence."""
@@ -116,7 +161,7 @@ class FrameDecoder:
 
     def _note_usage(self, usage: Any) -> None:
         if usage and isinstance(usage, dict):
-            self.usage = usage
+            self._usage = usage
 
     def _note_id(self, identifier: Any) -> None:
         if self.response_id is None and identifier and isinstance(identifier, str):
@@ -217,3 +262,11 @@ def is_placeholder(value: Any, *others: Any) -> bool:
     Only beside another kind of output, since a model may well say null.
     """
     return value == "null" and any(others)
+
+
+def only_text(message: Any, kinds: Mapping[str, str]) -> Part | None:
+    """The one text of a message that brings nothing else; `kinds` tells the types of deltas by their keys."""
+    said = [key for key, value in message.items() if value and key != "role"] if isinstance(message, dict) else []
+    if len(said) != 1 or said[0] not in kinds or not isinstance(message[said[0]], str):
+        return None
+    return kinds[said[0]], said[0]

@@ -25,13 +25,14 @@ _MIDDLES = tuple(pack("type", name, "data").split(b"\r\n", 1)[1] for name in _TY
 class AttemptLog:
     """Deltas in order, appended one by one and read back by index."""
 
-    __slots__ = ("_codes", "_data", "_ends", "_kept")
+    __slots__ = ("_codes", "_data", "_ends", "_kept", "_kept_bytes")
 
     def __init__(self, kept: Iterable[Delta] = ()) -> None:
         self._codes = bytearray()
         self._ends = array("I")
         self._data = bytearray()
-        self.extend(kept)
+        self._kept_bytes = 0
+        self._kept_bytes = self.extend(kept)
         self._kept = len(self._codes)
 
     def __len__(self) -> int:
@@ -41,19 +42,20 @@ class AttemptLog:
     @property
     def size_bytes(self) -> int:
         """Length of this attempt's own data."""
-        return len(self._data) - (self._ends[self._kept - 1] if self._kept else 0)
+        return len(self._data) - self._kept_bytes
 
     def own_all(self) -> None:
         """What was kept is written again as this attempt's own."""
-        self._kept = 0
+        self._kept = self._kept_bytes = 0
 
-    def extend(self, deltas: Iterable[Delta]) -> None:
-        """Add deltas."""
+    def extend(self, deltas: Iterable[Delta]) -> int:
+        """Add deltas; returns the new `size_bytes`."""
         codes, ends, data = self._codes, self._ends, self._data
         for kind, text in deltas:
             codes.append(_CODES[kind])
             data += text
             ends.append(len(data))
+        return len(data) - self._kept_bytes
 
     def deltas(self) -> list[Delta]:
         """All deltas, kept ones first."""

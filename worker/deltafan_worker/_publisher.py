@@ -70,7 +70,7 @@ class Publisher:
     def flush_soon(self, writer: StreamWriter) -> None:
         """Send what the writer has, with all that others have by the end of the loop's turn or of the last flush."""
         self._waiting[writer] = None
-        if self._unanswered == 0:
+        if self._unanswered == 0 and not self._is_due:
             self._send_at_turns_end()
 
     def flush(self, writer: StreamWriter) -> None:

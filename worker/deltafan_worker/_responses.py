@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltafan._events import CONTENT, REASONING, REFUSAL
+from deltafan_worker._alike import Part as PlainPart
 from deltafan_worker._decoder import Completion
 from deltafan_worker._frames import TRUNCATED, FrameDecoder
 from deltafan_worker._output_items import OutputCalls
@@ -35,6 +36,8 @@ class ResponsesDecoder(FrameDecoder):
     end of its item, the final object. See `Spoken` for how they are told apart. A text in an item that only begins is
     not published: servers that send one send it again.
     """
+
+    _keeps_text = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,6 +88,20 @@ class ResponsesDecoder(FrameDecoder):
                 self._take_response(kind, response, event.status)
             case _ if _is_error(frame, event):
                 self._fail(from_payload(frame, status=event.status))
+
+    def _part(self, frame: Mapping[str, Any]) -> PlainPart | None:
+        name, _, step = str(frame.get("type")).rpartition(".")
+        if step != "delta" or name not in _TEXT_EVENTS or not isinstance(frame.get("delta"), str):
+            return None
+        kind, of = _TEXT_EVENTS[name]
+        return (kind, "delta") if self._spoken.goes_on(kind, frame, _part(of, frame)) else None
+
+    def _catch_up(self) -> None:
+        if self._alike is not None and self._alike.text:
+            frame = self._alike.last_object()
+            kind, of = _TEXT_EVENTS[frame["type"].removesuffix(".delta")]
+            self._spoken.note(kind, self._alike.text.decode(), frame, _part(of, frame))
+            self._alike.text.clear()
 
     def _take_text(self, kind: str, frame: Mapping[str, Any]) -> bool:
         name, _, step = kind.rpartition(".")

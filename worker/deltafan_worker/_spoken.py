@@ -48,6 +48,11 @@ class Spoken:
             item = self._open(where)
             item.is_certain = item is not self._nameless
 
+    def goes_on(self, kind: str, where: Mapping[str, Any], part: Part) -> bool:
+        """Whether a delta would go on just where the last one was, so that several can be noted as one."""
+        place = kind, where.get("item_id"), where.get("output_index"), part
+        return place == self._last_place and not self._together and not self._last_said.half
+
     def note(self, kind: str, text: str, where: Mapping[str, Any], part: Part) -> bool:
         """A delta. False if it is not to be said: it is in another form than what its item said before."""
         place = kind, where.get("item_id"), where.get("output_index"), part

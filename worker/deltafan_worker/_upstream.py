@@ -89,6 +89,11 @@ async def _pump(
 
         def take(data: bytes) -> bool:
             nonlocal frames
+            if deltas := decoder.plain(data):
+                publish(deltas)
+                frames = decoder.frames
+                watchdog.fed(has_delta=True)
+                return True
             decoder.feed(data)
             has_delta = _publish_decoded(decoder, publish)
             if decoder.frames != frames:

@@ -160,11 +160,14 @@ class StreamWriter:
         deltas = self.log.deltas()
         return Broken(Position(self.attempt, len(self.log)), deltas) if deltas else None
 
-    def extend(self, deltas: Iterable[Delta]) -> None:
-        """Add deltas to the stream: they go out at the end of the event loop's turn, or with the next flush."""
-        self.log.extend(deltas)
+    def extend(self, deltas: Iterable[Delta]) -> int:
+        """Add deltas to the stream: they go out at the end of the event loop's turn, or with the next flush.
+
+        Returns how many bytes of deltas this attempt has.
+        """
         if self._flowing:
             self._publisher.flush_soon(self)
+        return self.log.extend(deltas)
 
     def unsent(self) -> list[bytes]:
         """The commands that the next flush sends; they count as sent."""
