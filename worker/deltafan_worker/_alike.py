@@ -46,7 +46,7 @@ class Alike:
         self._kind = kind
         self._match = match
         self._place = place
-        self._last: re.Match[bytes] | None = None
+        self._last: bytes | None = None
         self.text = text
         """All that was read, in UTF-8; None if nobody wants it."""
 
@@ -57,7 +57,7 @@ class Alike:
 
     def last_object(self) -> dict[str, Any]:
         """What parsing makes of the last event that was read."""
-        return cast(dict[str, Any], orjson.loads(self._last["object"])) if self._last else {}
+        return cast(dict[str, Any], orjson.loads(self._last or b"{}"))
 
     def read(self, packet: bytes) -> list[Delta]:
         """The deltas of a packet; none if any of its events is not like the one before, or not whole."""
@@ -75,7 +75,8 @@ class Alike:
                 return []
             deltas.append(_new(Delta, (self._kind, text)))
             at = found.end()
-        self._last = found or self._last
+        if found is not None:
+            self._last = found["object"]
         if self.text is not None:
             self.text += b"".join([text for _, text in deltas])
         return deltas
@@ -85,16 +86,20 @@ Part = tuple[str, str]
 """A delta's type, and the key of its text."""
 
 
-def alike(
-    packet: bytes, part_of: Callable[[bytes, Mapping[str, Any]], Part | None], *, keeps_text: bool
-) -> Alike | None:
-    """Events like the packet's last one.
+def last_event(packet: bytes) -> bytes:
+    """The event that ends a packet: all that is to be kept of it."""
+    return packet[packet.rfind(b"\n\n", 0, -1) + 2 :] if packet.count(b"\n\n") > 1 else packet
 
-    `part_of` is given that event's name and object. It tells of which text the event brings a piece, if it brings
+
+def alike(
+    event: bytes, part_of: Callable[[bytes, Mapping[str, Any]], Part | None], *, keeps_text: bool
+) -> Alike | None:
+    """Events like this one.
+
+    `part_of` is given its name and its object. It tells of which text the event brings a piece, if it brings
     nothing else, and may be told to others alike without being looked at. None where it does not, or where the event is
     not in the form that all three APIs mostly send.
     """
-    event = packet[packet.rfind(b"\n\n", 0, -1) + 2 :] if packet.count(b"\n\n") > 1 else packet
     head = _HEAD.match(event)
     if head is None or b"\r" in event or event.find(b"\n", head.end()) != len(event) - 2 or event[-3:] != b"}\n\n":
         return None

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from deltafan._events import ANNOTATION, AUDIO, TOOL_CALL, Delta, audio_data, tool_call_data
-from deltafan_worker._alike import Alike, Part, alike
+from deltafan_worker._alike import Alike, Part, alike, last_event
 from deltafan_worker._plain import plain, whole_characters
 from deltafan_worker._sse import SseDecoder, SseEvent, SseLimitExceeded
 from deltafan_worker._upstream_error import UpstreamError
@@ -34,7 +34,7 @@ class FrameDecoder:
         self.response_id: str | None = None
         self._sse = SseDecoder()
         self._deltas: deque[Delta] = deque()
-        self._packet: bytes | None = None
+        self._event: bytes | None = None
         self._alike: Alike | None = None
         self._in_vain = 0
         self._error: UpstreamError | None = None
@@ -70,7 +70,7 @@ class FrameDecoder:
         self._catch_up()
         has_read = self._alike is not None and self._alike.has_read
         self._alike, self._in_vain = None, 0 if has_read else self._in_vain + 1
-        self._packet = data if self._in_vain < _MOST_IN_VAIN and self._sse.is_idle else None
+        self._event = last_event(data) if self._in_vain < _MOST_IN_VAIN and self._sse.is_idle else None
         self._sse.feed(data)
 
     def feed_whole(self, body: bytes) -> None:
@@ -111,13 +111,13 @@ class FrameDecoder:
         """Take from plain events what the end of an answer needs; called as often as that may be."""
 
     def _learn(self) -> Alike | None:
-        """Look for what the next events may be like: the last packet's last one, which has been taken."""
-        packet, self._packet = self._packet, None
-        if packet is None or self._deltas or self._held or self._error or self.finished or not self._sse.is_idle:
+        """Look for what the next events may be like: the last one, which has been taken."""
+        event, self._event = self._event, None
+        if event is None or self._deltas or self._held or self._error or self.finished or not self._sse.is_idle:
             return None
         if self._finish_reason is None:
             part_of = lambda name, frame: None if name in _KEEP_ALIVE_EVENTS else self._part(frame)  # noqa: E731
-            self._alike = alike(packet, part_of, keeps_text=self._keeps_text)
+            self._alike = alike(event, part_of, keeps_text=self._keeps_text)
         return self._alike
 
     def _is_keep_alive(self, frame: Mapping[str, Any]) -> bool:
