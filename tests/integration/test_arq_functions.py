@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, TypeAlias, cast
 
 import pytest
-from arq.connections import ArqRedis
 from arq.jobs import Job, JobStatus
 from arq.worker import JobExecutionFailed, Retry, RetryJob, func
 from redis.asyncio import Redis
@@ -16,7 +15,7 @@ from redis.asyncio import Redis
 from deltafan._background import background
 from deltafan._keys import Keys
 from deltafan_worker._leased import LeasedWorker, WorkerOptions
-from deltafan_worker._queue_pool import queue_pool
+from deltafan_worker._queue_pool import QueuePool, queue_pool
 from deltafan_worker.serialization import deserialize
 from support.waiting import wait_until
 
@@ -25,19 +24,19 @@ Coroutine: TypeAlias = Callable[..., Awaitable[Any]]
 
 
 @pytest.fixture
-async def arq(redis_url: str) -> AsyncIterator[ArqRedis]:
+async def arq(redis_url: str) -> AsyncIterator[QueuePool]:
     async with queue_pool(redis_url) as pool:
         yield pool
 
 
-async def enqueued(arq: ArqRedis, function: str = "f", *args: Any, **options: Any) -> Job:
+async def enqueued(arq: QueuePool, function: str = "f", *args: Any, **options: Any) -> Job:
     job = await arq.enqueue_job(function, *args, _queue_name=QUEUE, **options)
     assert job is not None
     return job
 
 
 @asynccontextmanager
-async def worker_of(arq: ArqRedis, coroutine: Coroutine, **options: Any) -> AsyncIterator[LeasedWorker]:
+async def worker_of(arq: QueuePool, coroutine: Coroutine, **options: Any) -> AsyncIterator[LeasedWorker]:
     """A worker that knows it as `f`."""
     function = func(cast(Any, coroutine), name="f", **options)
     worker = LeasedWorker([function], WorkerOptions(name="w", queues=[QUEUE], lease_s=3.0), pool=arq, keys=Keys("p"))
@@ -52,7 +51,7 @@ async def outcome(job: Job) -> Any:
     return await job.result(timeout=5, poll_delay=0.01)
 
 
-async def test_a_function_has_arguments_a_context_and_a_result(arq: ArqRedis) -> None:
+async def test_a_function_has_arguments_a_context_and_a_result(arq: QueuePool) -> None:
     async def f(ctx: dict[Any, Any], left: int, *, right: int) -> dict[str, Any]:
         return {"sum": left + right, "id": ctx["job_id"], "try": ctx["job_try"], "at": ctx["enqueue_time"].isoformat()}
 
@@ -66,7 +65,7 @@ async def test_a_function_has_arguments_a_context_and_a_result(arq: ArqRedis) ->
     assert info.enqueue_time <= info.start_time <= info.finish_time
 
 
-async def test_a_retry_runs_again_after_its_delay(arq: ArqRedis) -> None:
+async def test_a_retry_runs_again_after_its_delay(arq: QueuePool) -> None:
     tries: list[tuple[int, float]] = []
 
     async def f(ctx: dict[Any, Any]) -> str:
@@ -84,7 +83,7 @@ async def test_a_retry_runs_again_after_its_delay(arq: ArqRedis) -> None:
     assert tries[1][1] - tries[0][1] >= 0.29
 
 
-async def test_an_error_is_the_result_and_in_the_log(arq: ArqRedis, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_error_is_the_result_and_in_the_log(arq: QueuePool, caplog: pytest.LogCaptureFixture) -> None:
     async def f(_ctx: dict[Any, Any]) -> None:
         raise ValueError("the reason")
 
@@ -95,7 +94,7 @@ async def test_an_error_is_the_result_and_in_the_log(arq: ArqRedis, caplog: pyte
     assert f"job {job.job_id}: its function failed" in caplog.text
 
 
-async def test_a_function_has_the_time_that_it_asks_for(arq: ArqRedis) -> None:
+async def test_a_function_has_the_time_that_it_asks_for(arq: QueuePool) -> None:
     async def f(_ctx: dict[Any, Any]) -> None:
         await asyncio.Event().wait()
 
@@ -106,7 +105,7 @@ async def test_a_function_has_the_time_that_it_asks_for(arq: ArqRedis) -> None:
 
 
 @pytest.mark.parametrize("moment", ["waiting", "running"])
-async def test_an_abort_cancels_the_function(arq: ArqRedis, redis: Redis, moment: str) -> None:
+async def test_an_abort_cancels_the_function(arq: QueuePool, redis: Redis, moment: str) -> None:
     running = asyncio.Event()
 
     async def f(_ctx: dict[Any, Any]) -> None:
@@ -129,7 +128,7 @@ async def test_an_abort_cancels_the_function(arq: ArqRedis, redis: Redis, moment
     assert not await redis.exists("arq:abort")
 
 
-async def test_a_function_that_hears_a_cancel_may_still_wait_with_a_timeout(arq: ArqRedis) -> None:
+async def test_a_function_that_hears_a_cancel_may_still_wait_with_a_timeout(arq: QueuePool) -> None:
     """Its task is the one that leaves the queue, whose own timeouts must work."""
 
     async def f(_ctx: dict[Any, Any]) -> None:
@@ -159,7 +158,7 @@ async def test_a_function_that_hears_a_cancel_may_still_wait_with_a_timeout(arq:
     ],
 )
 async def test_a_result_is_kept_as_long_as_its_function_wants(
-    arq: ArqRedis, redis: Redis, options: dict[str, Any], lowest_ms: int, highest_ms: int
+    arq: QueuePool, redis: Redis, options: dict[str, Any], lowest_ms: int, highest_ms: int
 ) -> None:
     """-1 and -2 are Redis's answers for a key without an end, and for no key."""
 
@@ -173,7 +172,7 @@ async def test_a_result_is_kept_as_long_as_its_function_wants(
     assert not await redis.exists(f"arq:job:{job.job_id}", f"arq:in-progress:{job.job_id}")
 
 
-async def test_a_function_is_called_no_more_often_than_it_wants(arq: ArqRedis) -> None:
+async def test_a_function_is_called_no_more_often_than_it_wants(arq: QueuePool) -> None:
     calls = 0
 
     async def f(_ctx: dict[Any, Any]) -> None:
@@ -197,7 +196,7 @@ async def test_a_function_is_called_no_more_often_than_it_wants(arq: ArqRedis) -
     ],
 )
 async def test_a_job_whose_function_can_not_be_called_fails(
-    arq: ArqRedis, redis: Redis, record: bytes | None, words: str
+    arq: QueuePool, redis: Redis, record: bytes | None, words: str
 ) -> None:
     async def f(_ctx: dict[Any, Any]) -> None:
         raise AssertionError("not called")

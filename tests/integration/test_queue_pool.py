@@ -1,12 +1,22 @@
-"""The queue's connections, where their client library falls short."""
+"""The queue's connections: where their client library falls short, and the one of our own."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from hashlib import sha1
 from pathlib import Path
 
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+
 from deltafan import Consumer, Producer
+from deltafan._lua import Script
 from deltafan.testing import ScriptedUpstream
-from deltafan_worker._queue_pool import queue_pool
-from support.valkey import valkey_server
+from deltafan_worker import _queue_pool
+from deltafan_worker._queue_pool import queue_pool, run_script
+from support.proxy import TcpProxy, tcp_proxy
+from support.valkey import Valkey, valkey_server
 from support.workers import running_worker, settings_env
 
 
@@ -40,3 +50,74 @@ async def test_a_cancel_is_never_forgotten_whenever_it_comes(redis_url: str) -> 
             done, _ = await asyncio.wait([task], timeout=5)
             assert done, f"cancelled after {steps} steps of the loop, it went on"
             assert task.cancelled(), "its replies are its own"
+
+
+def script(source: bytes) -> Script:
+    return Script("test", source, sha1(source, usedforsecurity=False).hexdigest().encode())
+
+
+ECHO = script(b"return ARGV")
+
+
+@pytest.fixture
+async def proxy(valkey: Valkey) -> AsyncIterator[TcpProxy]:
+    async with tcp_proxy(valkey.port) as proxy:
+        yield proxy
+
+
+async def test_scripts_share_a_connection_and_have_replies_of_their_own(proxy: TcpProxy) -> None:
+    async with queue_pool(proxy.url) as pool, asyncio.TaskGroup() as group:
+        replies = [group.create_task(run_script(pool, ECHO, (), (n, b"x"))) for n in range(50)]
+        assert [await reply for reply in replies] == [[b"%d" % n, b"x"] for n in range(50)]
+        assert proxy.accepted == 1
+
+
+async def test_a_script_that_fails_says_so_and_others_run(redis_url: str) -> None:
+    async with queue_pool(redis_url) as pool:
+        with pytest.raises(ResponseError, match="no such thing"):
+            await run_script(pool, script(b"return redis.error_reply('ERR no such thing')"), (), ())
+        assert await run_script(pool, ECHO, (), ("x",)) == [b"x"]
+
+
+async def test_a_script_whose_connection_is_cut_is_an_error_and_the_next_one_runs(proxy: TcpProxy) -> None:
+    async with queue_pool(proxy.url) as pool:
+        await run_script(pool, ECHO, (), ())
+        proxy.pause()
+        lost = asyncio.ensure_future(run_script(pool, ECHO, (), ()))
+        await asyncio.wait([lost], timeout=0.05)
+        proxy.cut()
+        proxy.resume()
+        with pytest.raises(RedisConnectionError):
+            await lost
+        assert await run_script(pool, ECHO, (), ("x",)) == [b"x"]
+
+
+async def test_a_script_that_was_waited_for_in_vain_leaves_its_connection(proxy: TcpProxy) -> None:
+    async with queue_pool(proxy.url) as pool, asyncio.timeout(5):
+        await run_script(pool, ECHO, (), ())
+        proxy.forget()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await run_script(pool, ECHO, (), ())
+        assert await run_script(pool, ECHO, (), ("x",)) == [b"x"]
+
+
+async def test_a_server_that_can_not_be_reached_is_tried_once_for_all_that_wait(
+    proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_queue_pool, "_CONNECT_TIMEOUT_S", 0.2)
+    async with queue_pool(proxy.url) as pool:
+        proxy.pause()
+        waiting = [asyncio.ensure_future(run_script(pool, ECHO, (), ())) for _ in range(20)]
+        errors = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(error) for error in errors} == {RedisConnectionError}
+        assert proxy.accepted == 1
+        proxy.resume()
+        assert await run_script(pool, ECHO, (), ("x",)) == [b"x"]
+
+
+async def test_a_server_that_has_forgotten_its_scripts_is_told_them_again(redis_url: str, redis: Redis) -> None:
+    async with queue_pool(redis_url) as pool:
+        for _ in range(2):
+            assert await run_script(pool, ECHO, (), ("x",)) == [b"x"]
+            await redis.script_flush()

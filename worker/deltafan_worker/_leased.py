@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 from uuid import uuid4
 
-from arq.connections import ArqRedis
 from arq.worker import Function, Retry, RetryJob, Worker
 from redis.exceptions import RedisError, ResponseError
 
@@ -30,7 +29,7 @@ from deltafan_worker._interrupt import Reason
 from deltafan_worker._lanes import Pass, Shares, Slots
 from deltafan_worker._leaving import KEEP_FOR_EVER, Leaving
 from deltafan_worker._limits import FleetLimits
-from deltafan_worker._queue_pool import run_script
+from deltafan_worker._queue_pool import QueuePool, run_script
 from deltafan_worker.serialization import deserialize, serialize
 
 OnUnrun: TypeAlias = Callable[[Claim, Exception], Awaitable[None]]
@@ -90,7 +89,7 @@ class LeasedWorker(Worker):
         functions: Sequence[Function],
         options: WorkerOptions,
         *,
-        pool: ArqRedis,
+        pool: QueuePool,
         keys: Keys,
         limits: FleetLimits | None = None,
         on_unrun: OnUnrun | None = None,
@@ -105,7 +104,7 @@ class LeasedWorker(Worker):
             job_serializer=serialize,
             job_deserializer=deserialize,
         )
-        self.name = options.name
+        self.name, self._queue = options.name, pool
         self.process = uuid4().hex[:12]
         self.claims: dict[str, Claim] = {}
         self._runs = self.ctx["claims"] = dict[str, Claim]()
@@ -177,7 +176,7 @@ class LeasedWorker(Worker):
         urgent, cautious = int(self._options.is_urgent), self.loop.time() < self._cautious_until
         args = (*self.limits.common, self.process, self._lease_ms, room, int(cautious), urgent)
         passes = [number for pass_ in self._passes for number in pass_]
-        due_in_ms, flat, left, second, limited = await run_script(self.pool, _CLAIM, self._queues, (*args, *passes))
+        due_in_ms, flat, left, second, limited = await run_script(self._queue, _CLAIM, self._queues, (*args, *passes))
         self._due_in_s = POLL_S if due_in_ms < 0 else min(POLL_S, due_in_ms / 1000)
         claimed = claims_of(flat, second=second, limited=bool(limited), process=self.process, queues=self._queues)
         for claim in claimed:
@@ -283,7 +282,7 @@ class LeasedWorker(Worker):
                 args = [value for claim in portion for value in (claim.token, claim.job_id, claim.queue_index)]
                 # A connection that has gone silent must not cost the leases: the next beat takes another one.
                 async with asyncio.timeout(self._lease_ms / 4000):
-                    answers = await run_script(self.pool, _BEAT, self._queues, [self._lease_ms, *args])
+                    answers = await run_script(self._queue, _BEAT, self._queues, [self._lease_ms, *args])
                 for claim, token, answer in zip(portion, tokens, answers, strict=True):
                     if claim.token == token:  # else it has been claimed again meanwhile, by ourselves
                         self._heed(claim, answer)

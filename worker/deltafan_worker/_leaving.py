@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from arq.connections import ArqRedis
 from redis.exceptions import RedisError
 
 from deltafan._keys import Keys
 from deltafan._lua import Script, load
 from deltafan_worker._claim import Claim
-from deltafan_worker._queue_pool import run_script
+from deltafan_worker._queue_pool import QueuePool, run_script
 
 log = logging.getLogger("deltafan.worker")
 
@@ -25,7 +24,7 @@ _CLOSE, _RELEASE = (load(name, "deltafan_worker", using=()) for name in ("close"
 class Leaving:
     """The ways out of a claim; a lease that is another's by then is left alone."""
 
-    def __init__(self, pool: ArqRedis, keys: Keys, ledger_max_records: int, billed_ttl_ms: int) -> None:
+    def __init__(self, pool: QueuePool, keys: Keys, ledger_max_records: int, billed_ttl_ms: int) -> None:
         self._pool = pool
         self._keys = keys
         self._ledger = (billed_ttl_ms, ledger_max_records)

@@ -15,12 +15,11 @@ from typing import Any, Literal, TypeAlias
 from uuid import uuid4
 
 import orjson
-from arq.connections import ArqRedis
 from redis.exceptions import RedisError
 
 from deltafan._keys import Keys
 from deltafan._lua import Script, load
-from deltafan_worker._queue_pool import run_script
+from deltafan_worker._queue_pool import QueuePool, run_script
 from deltafan_worker._route import Limits, Route
 
 log = logging.getLogger("deltafan.worker")
@@ -93,7 +92,7 @@ def group_of(route: Route) -> str:
 class FleetLimits:
     """Asks for calls, and tells what became of them."""
 
-    def __init__(self, pool: ArqRedis, keys: Keys, queues: Sequence[str], *, reserve: float) -> None:
+    def __init__(self, pool: QueuePool, keys: Keys, queues: Sequence[str], *, reserve: float) -> None:
         self._pool = pool
         self._queues = tuple(queues)
         self._process, self._told = uuid4().hex[:12], 0

@@ -1,24 +1,34 @@
-"""The queue's connections: redis-py's, made for arq."""
+"""The queue's connections: redis-py's, made for arq, and one of our own for scripts."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any
 
 from arq.connections import ArqRedis
 from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ReadOnlyError
+from redis.exceptions import ReadOnlyError, ResponseError
 
+from deltafan._errors import RedisUnavailable
 from deltafan._lua import Script
+from deltafan._resp import ConnectionLost, RespConnection, ServerError, is_replaced, open_connection
 from deltafan_worker.serialization import deserialize, serialize
 
 MAX_CONNECTIONS = 64
+_CONNECT_TIMEOUT_S = 5.0
+_SILENCE_S = 10.0
+
+
+class QueuePool(ArqRedis):
+    """arq's client of the queue's server."""
+
+    scripts: "_Scripts"
 
 
 @asynccontextmanager
-async def queue_pool(url: str) -> AsyncIterator[ArqRedis]:
+async def queue_pool(url: str) -> AsyncIterator[QueuePool]:
     """Connections for the block's time."""
     keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
     # Our scripts are safe to repeat, but a WATCH of arq's is not: no retries inside the client.
@@ -26,25 +36,79 @@ async def queue_pool(url: str) -> AsyncIterator[ArqRedis]:
         url,
         max_connections=MAX_CONNECTIONS,
         timeout=5,
-        socket_connect_timeout=5,
-        socket_timeout=10,
+        socket_connect_timeout=_CONNECT_TIMEOUT_S,
+        socket_timeout=_SILENCE_S,
         client_name="deltafan-queue",
         **keepalive,
     )
     connections.connection_class = _losing(connections.connection_class)
-    pool = ArqRedis(connections, job_serializer=serialize, job_deserializer=deserialize)
+    pool = QueuePool(connections, job_serializer=serialize, job_deserializer=deserialize)
+    pool.scripts = _Scripts(url)
     try:
         yield pool
     finally:
+        pool.scripts.close()
         await pool.aclose(close_connection_pool=True)
 
 
-async def run_script(pool: ArqRedis, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
-    """Run a script of the queue's server, which may not know it yet."""
-    try:
-        return await cast(Awaitable[Any], pool.evalsha(script.sha.decode(), len(keys), *keys, *args))
-    except NoScriptError:
-        return await cast(Awaitable[Any], pool.eval(script.source.decode(), len(keys), *keys, *args))
+async def run_script(pool: QueuePool, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    """Run a script of the queue's server.
+
+    Raises:
+        RedisError: as redis-py would. The script may have run.
+    """
+    return await pool.scripts.run(script, keys, args)
+
+
+class _Scripts:
+    """One pipelined connection, opened when it is wanted. redis-py's own spends 0.2 ms of CPU more on each script."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._connection: RespConnection | None = None
+        self._opening = asyncio.Lock()
+        self._failures = 0
+
+    async def run(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        connection = await self._open()
+        heard_bytes = connection.received_bytes
+        try:
+            return await connection.run(script, keys, args)
+        except ConnectionLost as error:
+            raise RedisConnectionError(str(error)) from error
+        except ServerError as error:
+            if is_replaced(error):
+                connection.close()
+            raise ResponseError(str(error)) from error
+        except asyncio.CancelledError:
+            if connection.received_bytes == heard_bytes:  # it may be dead: the next one is to find out on another
+                connection.close()
+            raise
+
+    async def _open(self) -> RespConnection:
+        if (connection := self._usable) is not None:
+            return connection
+        failures = self._failures
+        async with self._opening:
+            if (connection := self._usable) is not None:
+                return connection
+            if failures != self._failures:  # what whoever came before has just tried in vain is not tried once more
+                raise RedisConnectionError("the queue's server can not be reached")
+            limits = {"timeout_s": _CONNECT_TIMEOUT_S, "silence_s": _SILENCE_S}
+            try:
+                self._connection = connection = await open_connection(self._url, name="deltafan-queue", **limits)
+            except RedisUnavailable as error:
+                self._failures += 1
+                raise RedisConnectionError(str(error)) from error
+            return connection
+
+    @property
+    def _usable(self) -> RespConnection | None:
+        return None if self._connection is None or self._connection.is_lost else self._connection
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
 
 
 class _Losing:

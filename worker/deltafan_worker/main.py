@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager, suppress
 import aiohttp
 import orjson
 import uvloop
-from arq.connections import ArqRedis
 from arq.worker import func
 from redis.exceptions import RedisError
 
@@ -32,7 +31,7 @@ from deltafan_worker._lanes import Shares
 from deltafan_worker._leased import BEAT_S, LeasedWorker, WorkerOptions
 from deltafan_worker._limits import FleetLimits
 from deltafan_worker._publisher import Publisher
-from deltafan_worker._queue_pool import queue_pool, run_script
+from deltafan_worker._queue_pool import QueuePool, queue_pool, run_script
 from deltafan_worker._router import Router
 from deltafan_worker._run import JobRunner
 from deltafan_worker._signals import on_stop_signals
@@ -180,7 +179,7 @@ async def _memory_of(url: str, name: str) -> str:
             await asyncio.sleep(_WAIT_S)
 
 
-async def _show_presence(pool: ArqRedis, keys: Keys, worker: LeasedWorker) -> None:
+async def _show_presence(pool: QueuePool, keys: Keys, worker: LeasedWorker) -> None:
     """Keep short-lived keys that say this worker is alive and how busy it is."""
     lifetime_ms = int(SHOWN_S * 1000)
     while True:
