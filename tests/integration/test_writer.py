@@ -193,10 +193,21 @@ async def test_a_heartbeat_behind_an_end_that_is_under_way_leaves_its_lifetimes(
             tasks.create_task(writer.finish(lambda _: END))
             await wait_until(lambda: writer._asking, "it is sent")
             assert publisher._connection is not None
-            publisher._beat(publisher._connection)
+            publisher._beat_for(publisher._connection, (writer,))
             valkey.resume()
         await publisher.ask("PING")  # answered behind the heartbeat
     assert await redis.ttl(writer.events_key) <= 60
+
+
+async def test_the_heartbeat_of_many_streams_comes_for_a_few_at_a_time(
+    redis_url: str, producer: Producer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    portions: list[tuple[StreamWriter, ...]] = []
+    async with publishing(redis_url, beat_s=0.05) as publisher:
+        monkeypatch.setattr(publisher, "_beat_for", lambda _connection, portion: portions.append(portion))
+        writers = {await begun(publisher, producer, f"j{n}") for n in range(40)}
+        await wait_until(lambda: {writer for portion in portions for writer in portion} == writers, "a beat of each")
+    assert max(map(len, portions)) == 16
 
 
 async def test_the_heartbeat_renews_the_lifetimes_of_a_job_that_runs(

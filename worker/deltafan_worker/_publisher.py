@@ -8,7 +8,7 @@ has lost an unknown part of what was sent on the last, so nothing is appended on
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from deltafan._errors import RedisUnavailable
 from deltafan._keys import Keys
@@ -35,6 +35,8 @@ log = logging.getLogger("deltafan.publisher")
 _RETRY_PAUSE_S = 0.2
 _FLUSH_BYTES = 262_144
 """Of many streams at once, about so much goes out in one write: whatever a process once held, it keeps."""
+_BEAT_PORTION = 16
+"""Streams. For 250 at once, each second, a process and its server did nothing else for 15 ms."""
 _SLOWEST_LINK_BYTES_PER_S = 500_000
 """A heartbeat behind a large output is answered when that has arrived."""
 
@@ -171,22 +173,35 @@ class Publisher:
         silent_beats = 0
         while True:
             received_bytes = connection.received_bytes
-            self._beat(connection)
-            await asyncio.wait([connection.lost], timeout=self._beat_s)
+            await self._beat(connection)
             silent_beats = 0 if connection.received_bytes > received_bytes else silent_beats + 1
             under_way_bytes = connection.sent_bytes - self._taken_bytes
             if connection.is_lost or silent_beats * self._beat_s > under_way_bytes / _SLOWEST_LINK_BYTES_PER_S:
                 return
 
-    def _beat(self, connection: RespConnection) -> None:
-        commands, handlers = [pack("PING")], [self._taking(connection.sent_bytes)]
-        for writer in self._writers:
+    async def _beat(self, connection: RespConnection) -> None:
+        """One beat, for a few streams at a time: all at once would hold up what they write."""
+        writers = tuple(self._writers)
+        portions = [writers[at : at + _BEAT_PORTION] for at in range(0, len(writers), _BEAT_PORTION)] or [()]
+        connection.send(pack("PING"), [self._taking(connection.sent_bytes)])
+        for portion in portions:
+            self._beat_for(connection, portion)
+            await asyncio.wait([connection.lost], timeout=self._beat_s / len(portions))
+            if connection.is_lost:
+                return
+
+    def _beat_for(self, connection: RespConnection, writers: Iterable[StreamWriter]) -> None:
+        commands, handlers = [], list[Handler]()
+        for writer in writers:
+            if writer not in self._writers:
+                continue
             commands.append(pack("HMGET", writer.state_key, "run", "cancel"))
             handlers.append(self._checking(writer))
             if writer.is_to_be_renewed:
                 commands += [pack("PEXPIRE", key, writer.live_ms) for key in (writer.state_key, writer.events_key)]
                 handlers += (ignore, ignore)
-        connection.send(b"".join(commands), handlers)
+        if commands:
+            connection.send(b"".join(commands), handlers)
 
     def _taking(self, sent_bytes: int) -> Handler:
         def take(reply: Reply) -> None:
