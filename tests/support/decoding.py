@@ -23,7 +23,7 @@ class Outcome:
         self.finish: str | None = None
         try:
             for piece in pieces:
-                if not parses_all and (deltas := self.decoder.plain(piece)):
+                if not parses_all and (deltas := self.decoder.read_alike(piece)):
                     self.deltas += deltas
                     continue
                 self.decoder.feed(piece)
@@ -62,8 +62,12 @@ class Outcome:
 
     def __eq__(self, other: object) -> bool:
         assert isinstance(other, Outcome)
-        mine = (self.deltas, self.finish, self.code, self.usage, self.decoder.response_id)
-        return mine == (other.deltas, other.finish, other.code, other.usage, other.decoder.response_id)
+        return self._all == other._all
+
+    @property
+    def _all(self) -> tuple[Any, ...]:
+        of_decoder = self.usage, self.decoder.response_id, self.decoder.frames
+        return self.deltas, self.finish, self.code, self.error and self.error.message, *of_decoder
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -147,13 +147,14 @@ TEXTS = st.one_of(
 @st.composite
 def packets(draw: st.DrawFn, api: str) -> list[bytes]:
     """Packets of one or a few events, most of them alike, in runs that are odd in the same way; some bytes changed."""
-    events: list[bytes] = []
     say, style = SAYS[api], draw(st.integers(0, 3))
+    # Of these some decoders see that each is what it adds.
+    events = [say(text, n, "content", style) for n, text in enumerate(("x", "y"))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 4))):
         odd = draw(st.sampled_from(ODD_OF[api])) if draw(st.booleans()) else {}
         key = draw(st.sampled_from(("content", "content", "content", "reasoning_content")))
         change = draw(st.sampled_from(REWRITTEN)) if draw(st.booleans()) else REWRITTEN[0]
-        texts = draw(st.lists(TEXTS, min_size=1, max_size=5))
+        texts = draw(st.lists(TEXTS, min_size=1, max_size=8))
         events += [say(text, len(events) + n, key, style, **odd).replace(*change, 1) for n, text in enumerate(texts)]
     events.append(ENDS[api])
     if draw(st.integers(0, 4)) == 0:
@@ -178,6 +179,84 @@ def test_the_outcome_does_not_depend_on_what_is_parsed(api: str, data: st.DataOb
     assert Outcome(APIS[api].decoder(model), *taken) == parsed
 
 
+def texts(api: str, *values: str, first: int = 0, **fields: Any) -> list[bytes]:
+    return [SAYS[api](text, first + n, **fields) for n, text in enumerate(values or [f"{n}x" for n in range(8)])]
+
+
+def said(item_id: str) -> bytes:
+    """The end of what `texts` says."""
+    place = {"item_id": item_id, "output_index": 0, "content_index": 0}
+    text = "".join(f"{n}x" for n in range(8))
+    return f"data: {json.dumps({'type': 'response.output_text.done', **place, 'text': text})}\n\n".encode()
+
+
+def native_of(**others: Any) -> dict[str, Any]:
+    return {"output": {"choices": [{"message": {"content": TEXT}, "finish_reason": "null"}], **others}}
+
+
+CITED: dict[str, Any] = {"choices": [{"delta": {"content": TEXT, "annotations": [SOURCE]}}]}
+CHAT, RESPONSES, DASHSCOPE = (texts(api) for api in APIS)
+NOT_QUITE = {
+    "chat, an id that comes late": [*texts("chat", id=""), *texts("chat", id="late")],
+    "dashscope, an id that comes late": [*texts("dashscope", request_id=""), *texts("dashscope", request_id="late")],
+    "dashscope, JSON in a string": [*DASHSCOPE, *texts("dashscope", '[{"text": "hi', first=8)],
+    "dashscope, speech beside text": texts("dashscope", **native_of(audio={"data": "AAAA"})),
+    "chat, sources beside text": texts("chat", **CITED),
+    "chat, pings by type": texts("chat", type="ping"),
+    "chat, pings by name": [b"event: ping\n" + event for event in CHAT],
+    "chat, lines that end in CR": [b"event: ping\r\n" + event for event in CHAT],
+    "responses, two places": texts("responses", part={"item_id": "other"}),
+    "responses, behind the end": [*RESPONSES, ENDS["responses"], *RESPONSES],
+    "dashscope, behind the end": [*DASHSCOPE, ENDS["dashscope"], *DASHSCOPE],
+    "responses, another place": [*RESPONSES, *texts("responses", item_id="msg_2"), said("msg_2"), said("msg_1")],
+    "dashscope, a count that few parsers take": [
+        *texts("dashscope", usage={"total_tokens": 5}),
+        *texts("dashscope", usage={"total_tokens": 10**400}),
+    ],
+    "chat, a time that no parser takes": [
+        *CHAT,
+        *[event.replace(b'"created":', b'"created":' + b"9" * 5000) for event in CHAT],
+    ],
+    "chat, a twin": [event.replace(b'"content":"', b'"content":"twin","content":"') for event in CHAT],
+    "chat, a twin in disguise": [
+        event.replace(b'"logprobs"', b'"x":0},"delta":{"c\\u006fntent":"twin"},"logprobs"') for event in CHAT
+    ],
+    "chat, a blank before a colon": [event.replace(b'"content":', b'"content" :') for event in CHAT],
+    "chat, another text, and a blank before a colon": [
+        b'data: {"x":{"content":"%d"},"choices":[{"delta":{"content" :"B"}}]}\n\n' % n for n in range(8)
+    ],
+}
+
+
+@pytest.mark.parametrize("name", NOT_QUITE)
+@pytest.mark.parametrize("model", ["qwen", "kimi"])
+@pytest.mark.parametrize("end", [True, False])
+def test_what_is_not_quite_alike_is_parsed(name: str, model: str, *, end: bool) -> None:
+    api = name.split(",", maxsplit=1)[0]
+    taken = [*NOT_QUITE[name], *([ENDS[api]] if end else [])]
+    parsed = Outcome(APIS[api].decoder(model), *taken, parses_all=True)
+    assert Outcome(APIS[api].decoder(model), *taken) == parsed
+
+
+@pytest.mark.parametrize("other", [b": keep-alive\n\n", b'data: {"type":"response.web_search_call.searching"}\n\n'])
+def test_events_that_no_other_could_be_like_are_not_counted(other: bytes) -> None:
+    decoder, read = APIS["responses"].decoder("qwen"), 0
+    for packet in (*[other] * 50, *texts("responses", *map(str, range(100)))):
+        read += len(deltas := decoder.read_alike(packet))
+        if not deltas:
+            decoder.feed(packet)
+            while decoder.next_delta() is not None:
+                pass
+    assert read >= 97
+
+
+def test_of_events_that_are_long_beside_their_text_no_pattern_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_alike, "_PATTERNS", _alike._Patterns())
+    events = texts("chat", *["x" * 5000] * 9, citations=["https://example.org"] * 100)
+    assert len(Outcome(APIS["chat"].decoder("qwen"), *events).deltas) == 9
+    assert not _alike._PATTERNS._found
+
+
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("size", [1, 20])
 def test_most_events_are_not_parsed(api: str, size: int) -> None:
@@ -185,7 +264,7 @@ def test_most_events_are_not_parsed(api: str, size: int) -> None:
     decoder, read = APIS[api].decoder("qwen"), 0
     for at in range(0, 100, size):
         packet = b"".join(events[at : at + size])
-        if deltas := decoder.plain(packet):
+        if deltas := decoder.read_alike(packet):
             read += len(deltas)
             continue
         decoder.feed(packet)

@@ -13,6 +13,7 @@ import orjson
 
 from deltafan._events import Delta
 
+# Narrower than what `_sse` takes at once: what stands here becomes part of a pattern.
 _HEAD = re.compile(rb"(?:event: ?+(?P<name>[^\n\\]*+)\n|id:\d++\n|:HTTP_STATUS/\d{3}\n)*+data: ?+(?=\{)")
 _EVENT_NUMBER = re.compile(rb"(?m)(?<=^id:)\d++$")
 _PAIR = re.compile(rb'"(?P<key>\w++)": ?+(?:(?P<string>"[^"\\]*+(?:\\.[^"\\]*+)*+")|(?P<number>\d++))')
@@ -24,7 +25,10 @@ _PLACE = b"item_id"
 _TEXT_HOLE = rb'(?P<text>"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+")'
 _STRING_HOLE = rb'"[ !#-\[\]-~]*+"'
 _PLACE_HOLE = rb"(?P<place>" + _STRING_HOLE + rb")"
-_NUMBER_HOLE = rb"(?:0|[1-9]\d*+)"
+_NUMBER_HOLE = rb"(?:0|[1-9]\d{0,17}+)"
+"""Those that any parser of JSON takes."""
+_LONGEST_BYTES = 2_048
+"""Of an event without its text. Compiling takes 1 us for each byte and more, and nothing else is done meanwhile."""
 
 _MOST_PATTERNS = 256
 _new = tuple.__new__
@@ -82,7 +86,7 @@ class Alike:
         return deltas
 
 
-Part = tuple[str, str]
+Piece = tuple[str, str]
 """A delta's type, and the key of its text."""
 
 
@@ -92,22 +96,27 @@ def last_event(packet: bytes) -> bytes:
 
 
 def alike(
-    event: bytes, part_of: Callable[[bytes, Mapping[str, Any]], Part | None], *, keeps_text: bool
+    event: bytes, piece_of: Callable[[bytes, Mapping[str, Any]], Piece | None], *, keeps_text: bool
 ) -> Alike | None:
     """Events like this one.
 
-    `part_of` is given its name and its object. It tells of which text the event brings a piece, if it brings
+    `piece_of` is given its name and its object. It tells of which text the event brings a piece, if it brings
     nothing else, and may be told to others alike without being looked at. None where it does not, or where the event is
     not in the form that all three APIs mostly send.
     """
     head = _HEAD.match(event)
-    if head is None or b"\r" in event or event.find(b"\n", head.end()) != len(event) - 2 or event[-3:] != b"}\n\n":
+    if head is None or not _is_one_line(event, head.end()):
         return None
     try:
-        part = part_of(head["name"] or b"", orjson.loads(event[head.end() :]))
+        piece = piece_of(head["name"] or b"", orjson.loads(event[head.end() :]))
     except orjson.JSONDecodeError:
         return None
-    return part and _made_of(event, head.end(), *part, keeps_text=keeps_text)
+    return piece and _made_of(event, head.end(), *piece, keeps_text=keeps_text)
+
+
+def _is_one_line(event: bytes, start: int) -> bool:
+    """Whether from there to its end the event is one object on one line."""
+    return b"\r" not in event and event.endswith(b"}\n\n") and event.find(b"\n", start) == len(event) - 2
 
 
 def _made_of(event: bytes, start: int, kind: str, key: str, *, keeps_text: bool) -> Alike | None:
@@ -119,8 +128,7 @@ def _made_of(event: bytes, start: int, kind: str, key: str, *, keeps_text: bool)
         if hole is _PLACE_HOLE:
             places.append(event[slice(*span)])
     fixed.append(event[at:-2])
-    # A key that is written with escapes could be another one's twin, and it is the last twin that counts.
-    if holes.count(_TEXT_HOLE) != 1 or len(places) > 1 or any(b"\\" in piece for piece in fixed):
+    if len(places) > 1 or holes.count(_TEXT_HOLE) != 1 or not _has_one(key.encode(), fixed):
         return None
     head = _NUMBER_HOLE.join(map(re.escape, _EVENT_NUMBER.split(event[:start])))
     body = b"".join(hole + re.escape(piece) for hole, piece in zip(holes, fixed, strict=True))
@@ -128,6 +136,12 @@ def _made_of(event: bytes, start: int, kind: str, key: str, *, keeps_text: bool)
     if match is None:
         return None
     return Alike(kind, match, places[0] if places else None, bytearray() if keeps_text else None)
+
+
+def _has_one(key: bytes, fixed: list[bytes]) -> bool:
+    """Whether nothing else can have the text's key, however it is written, and the event is not too long."""
+    event = b"\x00".join(fixed)
+    return event.count(b'"%b"' % key) == 1 and b"\\" not in event and len(event) <= _LONGEST_BYTES
 
 
 def _holes(event: bytes, start: int, key: bytes) -> Iterator[tuple[tuple[int, int], bytes]]:
@@ -148,8 +162,8 @@ def _holes(event: bytes, start: int, key: bytes) -> Iterator[tuple[tuple[int, in
 class _Patterns:
     """All streams of a model have the same few, since ids are holes.
 
-    To compile one takes as long as to read 100 events. So it is done when one comes for the second time: where each
-    event has another, none is.
+    To compile one takes as long as to read a hundred events. So it is done when one comes for the second time: where
+    each event has another, none is.
     """
 
     def __init__(self) -> None:

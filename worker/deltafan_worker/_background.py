@@ -52,7 +52,7 @@ class BackgroundDecoder(ResponsesDecoder):
         self._sse = SseDecoder()
         self._error = None
 
-    def _part(self, _frame: Mapping[str, Any]) -> None:
+    def _piece(self, _frame: Mapping[str, Any]) -> None:
         """None is plain: of each event the number is wanted."""
 
     def _take_object(self, frame: dict[str, Any], event: SseEvent) -> None:

@@ -23,7 +23,10 @@ _CHUNK_HEAD = re.compile(rb"([0-9a-fA-F]{1,8})\r\n")
 
 
 async def read_body(response: aiohttp.ClientResponse, take: Take) -> None:
-    """Give `take` what comes, until it wants no more or the body ends. Raises what it raises, and what aiohttp does."""
+    """Give `take` what comes, until it wants no more or the body ends. Raises what it raises, and what aiohttp does.
+
+    Only the caller's timeouts hold: not those that aiohttp's session may have for reading.
+    """
     content = response.content
     if not _IS_HELD or type(content) is not StreamReader or "Content-Encoding" in response.headers:
         while (data := await content.readany()) and take(data):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltafan._events import CONTENT, REASONING, REFUSAL
-from deltafan_worker._alike import Part
+from deltafan_worker._alike import Piece
 from deltafan_worker._decoder import Completion
 from deltafan_worker._frames import TRUNCATED, FrameDecoder, is_placeholder, only_text, text_of
 from deltafan_worker._sse import SseEvent
@@ -52,7 +52,7 @@ class ChatDecoder(FrameDecoder):
         if (not choices or event.event or "error" in frame) and _is_error(frame, event):
             self._fail(from_payload(frame, status=event.status))
 
-    def _part(self, frame: Mapping[str, Any]) -> Part | None:
+    def _piece(self, frame: Mapping[str, Any]) -> Piece | None:
         choices = frame.get("choices")
         choice = _first_choice(choices) if isinstance(choices, list) and len(choices) == 1 else None
         if choice is None or frame.get("usage") or frame.get("error") or "type" in frame:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltafan._events import CONTENT, REASONING, Delta
-from deltafan_worker._alike import Part
+from deltafan_worker._alike import Piece
 from deltafan_worker._cumulative import Increments
 from deltafan_worker._decoder import Completion
 from deltafan_worker._frames import TRUNCATED, FrameDecoder, is_placeholder, only_text, text_of
@@ -76,7 +76,7 @@ class DashScopeDecoder(FrameDecoder):
         message = output.get("message") if isinstance(output, dict) else None
         return isinstance(message, dict) and message.get("phase") == "KeepAlive"
 
-    def _part(self, frame: Mapping[str, Any]) -> Part | None:
+    def _piece(self, frame: Mapping[str, Any]) -> Piece | None:
         output = frame.get("output")
         if not isinstance(output, dict) or not self._increments.are_plain or self._may_be_json:
             return None

@@ -31,8 +31,8 @@ class Decoder(Protocol):
     def is_whole(self) -> bool:
         """The answer has its end: what may still follow is its usage, and no error takes anything back."""
 
-    def plain(self, packet: bytes) -> list[Delta]:
-        """The deltas of a packet that can be read at once, as its events are like the one before. None: feed it.
+    def read_alike(self, packet: bytes) -> list[Delta]:
+        """The deltas of a packet whose events are all like the one before them. Empty: it is to be fed.
 
         To be asked when all that was fed has been taken.
         """

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from deltafan._events import ANNOTATION, AUDIO, TOOL_CALL, Delta, audio_data, tool_call_data
-from deltafan_worker._alike import Alike, Part, alike, last_event
+from deltafan_worker._alike import Alike, Piece, alike, last_event
 from deltafan_worker._plain import plain, whole_characters
 from deltafan_worker._sse import SseDecoder, SseEvent, SseLimitExceeded
 from deltafan_worker._upstream_error import UpstreamError
@@ -18,7 +18,7 @@ _KEEP_ALIVES = ("ping", "keepalive", "keep-alive", "heartbeat")
 _KEEP_ALIVE_EVENTS = frozenset(name.encode() for name in _KEEP_ALIVES)
 _new = tuple.__new__
 _MOST_IN_VAIN = 16
-"""So many packets in a row were fed, until no more is looked for events that are alike."""
+"""So many events in a row might have had others like them and had none, until no more is looked for."""
 TRUNCATED = "the stream ended before the answer did"
 
 
@@ -56,8 +56,8 @@ class FrameDecoder:
         self._catch_up()
         return self._usage
 
-    def plain(self, packet: bytes) -> list[Delta]:
-        """The next deltas, if all events of the packet are like the last one. None: it is to be fed."""
+    def read_alike(self, packet: bytes) -> list[Delta]:
+        """The deltas of a packet whose events are all like the one before them. Empty: it is to be fed."""
         events = self._alike or self._learn()
         if events is None:
             return []
@@ -68,9 +68,10 @@ class FrameDecoder:
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the stream."""
         self._catch_up()
-        has_read = self._alike is not None and self._alike.has_read
-        self._alike, self._in_vain = None, 0 if has_read else self._in_vain + 1
-        self._event = last_event(data) if self._in_vain < _MOST_IN_VAIN and self._sse.is_idle else None
+        if self._alike is not None and self._alike.has_read:
+            self._in_vain = 0
+        self._alike = None
+        self._event = last_event(data) if self._in_vain < _MOST_IN_VAIN else None
         self._sse.feed(data)
 
     def feed_whole(self, body: bytes) -> None:
@@ -103,7 +104,7 @@ class FrameDecoder:
                 return None
         return self._deltas.popleft()
 
-    def _part(self, frame: Mapping[str, Any]) -> Part | None:
+    def _piece(self, frame: Mapping[str, Any]) -> Piece | None:
         """Of which text an event brings a piece, if it would change nothing else when it came again with another."""
         raise NotImplementedError
 
@@ -113,12 +114,14 @@ class FrameDecoder:
     def _learn(self) -> Alike | None:
         """Look for what the next events may be like: the last one, which has been taken."""
         event, self._event = self._event, None
-        if event is None or self._deltas or self._held or self._error or self.finished or not self._sse.is_idle:
-            return None
-        if self._finish_reason is None:
-            part_of = lambda name, frame: None if name in _KEEP_ALIVE_EVENTS else self._part(frame)  # noqa: E731
-            self._alike = alike(event, part_of, keeps_text=self._keeps_text)
+        if event is not None and self._finish_reason is None:
+            self._alike = alike(event, self._piece_of, keeps_text=self._keeps_text)
         return self._alike
+
+    def _piece_of(self, name: bytes, frame: Mapping[str, Any]) -> Piece | None:
+        piece = None if name in _KEEP_ALIVE_EVENTS else self._piece(frame)
+        self._in_vain += piece is not None
+        return piece
 
     def _is_keep_alive(self, frame: Mapping[str, Any]) -> bool:
         """Whether a frame says nothing but that the server is there: it does not count against a silence."""
@@ -264,7 +267,7 @@ def is_placeholder(value: Any, *others: Any) -> bool:
     return value == "null" and any(others)
 
 
-def only_text(message: Any, kinds: Mapping[str, str]) -> Part | None:
+def only_text(message: Any, kinds: Mapping[str, str]) -> Piece | None:
     """The one text of a message that brings nothing else; `kinds` tells the types of deltas by their keys."""
     said = [key for key, value in message.items() if value and key != "role"] if isinstance(message, dict) else []
     if len(said) != 1 or said[0] not in kinds or not isinstance(message[said[0]], str):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltafan._events import CONTENT, REASONING, REFUSAL
-from deltafan_worker._alike import Part as PlainPart
+from deltafan_worker._alike import Piece
 from deltafan_worker._decoder import Completion
 from deltafan_worker._frames import TRUNCATED, FrameDecoder
 from deltafan_worker._output_items import OutputCalls
@@ -89,7 +89,7 @@ class ResponsesDecoder(FrameDecoder):
             case _ if _is_error(frame, event):
                 self._fail(from_payload(frame, status=event.status))
 
-    def _part(self, frame: Mapping[str, Any]) -> PlainPart | None:
+    def _piece(self, frame: Mapping[str, Any]) -> Piece | None:
         name, _, step = str(frame.get("type")).rpartition(".")
         if step != "delta" or name not in _TEXT_EVENTS or not isinstance(frame.get("delta"), str):
             return None

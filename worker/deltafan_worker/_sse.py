@@ -61,24 +61,11 @@ class SseDecoder:
         self._status: int | None = None
         self._exceeded = False
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether the bytes so far end with an event."""
-        return not (
-            self._line
-            or self._data
-            or self._event
-            or self._after_cr
-            or self._exceeded
-            or self._head is not None
-            or self._status is not None
-        )
-
     def feed(self, data: bytes) -> None:
         """Take the next bytes."""
         if self._exceeded:
             return
-        if self.is_idle:
+        if not (self._line or self._data or self._event or self._head is not None or self._status is not None):
             data = self._without_whole_events(data)
         elif self._head is not None:
             data = self._without_bom(data)

@@ -89,7 +89,7 @@ async def _pump(
 
         def take(data: bytes) -> bool:
             nonlocal frames
-            if deltas := decoder.plain(data):
+            if deltas := decoder.read_alike(data):
                 publish(deltas)
                 frames = decoder.frames
                 watchdog.fed(has_delta=True)
