@@ -183,10 +183,10 @@ def texts(api: str, *values: str, first: int = 0, **fields: Any) -> list[bytes]:
     return [SAYS[api](text, first + n, **fields) for n, text in enumerate(values or [f"{n}x" for n in range(8)])]
 
 
-def said(item_id: str) -> bytes:
+def said(item_id: str, tail: str = "") -> bytes:
     """The end of what `texts` says."""
     place = {"item_id": item_id, "output_index": 0, "content_index": 0}
-    text = "".join(f"{n}x" for n in range(8))
+    text = "".join(f"{n}x" for n in range(8)) + tail
     return f"data: {json.dumps({'type': 'response.output_text.done', **place, 'text': text})}\n\n".encode()
 
 
@@ -208,7 +208,11 @@ NOT_QUITE = {
     "responses, two places": texts("responses", part={"item_id": "other"}),
     "responses, behind the end": [*RESPONSES, ENDS["responses"], *RESPONSES],
     "dashscope, behind the end": [*DASHSCOPE, ENDS["dashscope"], *DASHSCOPE],
-    "responses, another place": [*RESPONSES, *texts("responses", item_id="msg_2"), said("msg_2"), said("msg_1")],
+    "responses, another place": [
+        *RESPONSES,
+        *texts("responses", *"abcdefgh", item_id="msg_2"),
+        said("msg_1", " and more"),
+    ],
     "dashscope, a count that few parsers take": [
         *texts("dashscope", usage={"total_tokens": 5}),
         *texts("dashscope", usage={"total_tokens": 10**400}),
@@ -221,7 +225,11 @@ NOT_QUITE = {
     "chat, a twin in disguise": [
         event.replace(b'"logprobs"', b'"x":0},"delta":{"c\\u006fntent":"twin"},"logprobs"') for event in CHAT
     ],
-    "chat, a blank before a colon": [event.replace(b'"content":', b'"content" :') for event in CHAT],
+    "chat, a blank before a colon": [
+        event.replace(b'"content":', b'"content" :') for event in texts("chat", *["the same"] * 8)
+    ],
+    "chat, usage that grows": [chat(f"{n}x", n, usage={"completion_tokens": n}) for n in range(8)],
+    "dashscope, texts that grow": texts("dashscope", *["x" * n for n in range(1, 9)]),
     "chat, another text, and a blank before a colon": [
         b'data: {"x":{"content":"%d"},"choices":[{"delta":{"content" :"B"}}]}\n\n' % n for n in range(8)
     ],
@@ -236,6 +244,20 @@ def test_what_is_not_quite_alike_is_parsed(name: str, model: str, *, end: bool) 
     taken = [*NOT_QUITE[name], *([ENDS[api]] if end else [])]
     parsed = Outcome(APIS[api].decoder(model), *taken, parses_all=True)
     assert Outcome(APIS[api].decoder(model), *taken) == parsed
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_usage_may_be_asked_for_at_any_time(api: str) -> None:
+    decoder, deltas = APIS[api].decoder("qwen"), list[Any]()
+    for packet in (*texts(api), *([said("msg_1", " and more")] if api == "responses" else [])):
+        if alike := decoder.read_alike(packet):
+            deltas += alike
+        else:
+            decoder.feed(packet)
+            deltas += iter(decoder.next_delta, None)
+        assert (decoder.usage is None) == (api != "dashscope")
+    taken = [*texts(api), *([said("msg_1", " and more")] if api == "responses" else [])]
+    assert deltas == Outcome(APIS[api].decoder("qwen"), *taken, parses_all=True).deltas
 
 
 @pytest.mark.parametrize("other", [b": keep-alive\n\n", b'data: {"type":"response.web_search_call.searching"}\n\n'])

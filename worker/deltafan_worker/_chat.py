@@ -53,12 +53,10 @@ class ChatDecoder(FrameDecoder):
             self._fail(from_payload(frame, status=event.status))
 
     def _piece(self, frame: Mapping[str, Any]) -> Piece | None:
-        choices = frame.get("choices")
-        choice = _first_choice(choices) if isinstance(choices, list) and len(choices) == 1 else None
-        if choice is None or frame.get("usage") or frame.get("error") or "type" in frame:
+        choice = _first_choice(frame.get("choices"))
+        if choice is None or "type" in frame or (self.response_id is None and "id" in frame):
             return None
-        is_running = choice.get("finish_reason") in _RUNNING and (self.response_id is not None or "id" not in frame)
-        return only_text(choice.get("delta"), _TEXTS) if is_running else None
+        return only_text(choice.get("delta"), _TEXTS)
 
     def _take_choice(self, choice: Mapping[str, Any], frame: Mapping[str, Any]) -> None:
         delta = choice.get("delta")

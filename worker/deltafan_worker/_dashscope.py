@@ -78,19 +78,11 @@ class DashScopeDecoder(FrameDecoder):
 
     def _piece(self, frame: Mapping[str, Any]) -> Piece | None:
         output = frame.get("output")
-        if not isinstance(output, dict) or not self._increments.are_plain or self._may_be_json:
+        may_be_odd = self._may_be_json or not self._increments.are_plain
+        if not isinstance(output, dict) or may_be_odd or (self.response_id is None and "request_id" in frame):
             return None
-        choices = output.get("choices")
-        choice = _first_choice(output) if isinstance(choices, list) and len(choices) == 1 else {}
-        others = {key for key, value in output.items() if value and key != "choices"}
-        is_running = choice.get("finish_reason") in _RUNNING and (
-            self.response_id is not None or "request_id" not in frame
-        )
-        return only_text(choice.get("message"), _TEXTS) if is_running and not others else None
-
-    def _catch_up(self) -> None:
-        if self._alike is not None and self._alike.has_read:
-            self._note_usage(self._alike.last_object().get("usage"))
+        is_only_choice = not any(value for key, value in output.items() if key != "choices")
+        return only_text(_first_choice(output).get("message"), _TEXTS) if is_only_choice else None
 
     def _take_output(self, output: Mapping[str, Any]) -> None:
         choice = _first_choice(output)

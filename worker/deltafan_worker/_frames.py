@@ -109,7 +109,9 @@ class FrameDecoder:
         raise NotImplementedError
 
     def _catch_up(self) -> None:
-        """Take from plain events what the end of an answer needs; called as often as that may be."""
+        """Take what the end of an answer needs from events that were not parsed; called as often as that may be."""
+        if self._alike is not None and self._alike.has_read:
+            self._note_usage(self._alike.last_object().get("usage"))
 
     def _learn(self) -> Alike | None:
         """Look for what the next events may be like: the last one, which has been taken."""
