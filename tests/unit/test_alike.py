@@ -183,9 +183,9 @@ def texts(api: str, *values: str, first: int = 0, **fields: Any) -> list[bytes]:
     return [SAYS[api](text, first + n, **fields) for n, text in enumerate(values or [f"{n}x" for n in range(8)])]
 
 
-def said(item_id: str, tail: str = "") -> bytes:
+def said(item_id: str, tail: str = "", output_index: int | None = 0) -> bytes:
     """The end of what `texts` says."""
-    place = {"item_id": item_id, "output_index": 0, "content_index": 0}
+    place = {"item_id": item_id, "output_index": output_index, "content_index": 0}
     text = "".join(f"{n}x" for n in range(8)) + tail
     return f"data: {json.dumps({'type': 'response.output_text.done', **place, 'text': text})}\n\n".encode()
 
@@ -209,9 +209,11 @@ NOT_QUITE = {
     "responses, behind the end": [*RESPONSES, ENDS["responses"], *RESPONSES],
     "dashscope, behind the end": [*DASHSCOPE, ENDS["dashscope"], *DASHSCOPE],
     "responses, another place": [
-        *RESPONSES,
-        *texts("responses", *"abcdefgh", item_id="msg_2"),
-        said("msg_1", " and more"),
+        b'data: {"type":"response.output_item.added","item":{"type":"message","id":"msg_1"}}\n\n',
+        b'data: {"type":"response.output_item.added","item":{"type":"message","id":"msg_2"}}\n\n',
+        *texts("responses", output_index=None),
+        *texts("responses", *"abcdefgh", output_index=None, item_id="msg_2"),
+        said("msg_1", " and more", output_index=None),
     ],
     "dashscope, a count that few parsers take": [
         *texts("dashscope", usage={"total_tokens": 5}),
