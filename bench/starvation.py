@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 from arq.connections import ArqRedis
@@ -12,6 +13,7 @@ from redis.asyncio import BlockingConnectionPool
 from deltafan import Consumer, Producer
 from deltafan._keys import Keys
 from deltafan_worker._leased import LeasedWorker, WorkerOptions
+from deltafan_worker._queue_pool import QueuePool, queue_pool
 from deltafan_worker.serialization import deserialize, serialize
 from measure import Bench, Report, cpu_s, worker
 
@@ -42,7 +44,9 @@ async def _running(bench: Bench, *, stock: bool) -> int:
     keys = Keys("stock" if stock else "ours")
     queue = keys.queue("interactive")
     async with AsyncExitStack() as stack:
-        pools = [_pool(bench.redis_url) for _ in range(WORKERS)]
+        pools: list[Any] = [
+            await stack.enter_async_context(_pool(bench.redis_url, stock=stock)) for _ in range(WORKERS)
+        ]
         workers: list[Any] = [
             _stock_worker(hold, pool, queue) if stock else _our_worker(hold, pool, keys) for pool in pools
         ]
@@ -58,19 +62,25 @@ async def _running(bench: Bench, *, stock: bool) -> int:
             main.cancel()
         with suppress(asyncio.CancelledError):
             await asyncio.gather(*mains, return_exceptions=True)
-        for pool in pools:
-            await pool.flushdb()
-            stack.push_async_callback(pool.aclose, close_connection_pool=True)
+        await pools[0].flushdb()
     return count
 
 
-def _pool(url: str) -> ArqRedis:
-    return ArqRedis(
-        BlockingConnectionPool.from_url(url, max_connections=50), job_serializer=serialize, job_deserializer=deserialize
-    )
+@asynccontextmanager
+async def _pool(url: str, *, stock: bool) -> AsyncIterator[ArqRedis]:
+    if not stock:
+        async with queue_pool(url) as ours:
+            yield ours
+        return
+    connections = BlockingConnectionPool.from_url(url, max_connections=50)
+    pool = ArqRedis(connections, job_serializer=serialize, job_deserializer=deserialize)
+    try:
+        yield pool
+    finally:
+        await pool.aclose(close_connection_pool=True)
 
 
-def _our_worker(hold: Any, pool: ArqRedis, keys: Keys) -> LeasedWorker:
+def _our_worker(hold: Any, pool: QueuePool, keys: Keys) -> LeasedWorker:
     options = WorkerOptions(name="w", queues=[keys.queue("interactive")], concurrency=SLOTS)
     return LeasedWorker([func(hold, name="hold")], options, pool=pool, keys=keys)
 
