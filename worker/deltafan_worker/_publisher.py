@@ -72,7 +72,7 @@ class Publisher:
     def flush_soon(self, writer: StreamWriter) -> None:
         """Send what the writer has, with all that others have by the end of the loop's turn or of the last flush."""
         self._waiting[writer] = None
-        if self._unanswered == 0 and not self._is_due:
+        if not (self._is_due or self._unanswered):
             self._send_at_turns_end()
 
     def flush(self, writer: StreamWriter) -> None:
@@ -235,13 +235,11 @@ class Publisher:
         while writers and size_bytes < _FLUSH_BYTES:
             writer = next(iter(writers))
             del writers[writer]
-            appends = writer.unsent()
-            if appends:
-                commands += appends
-                handlers += [writer.on_append] * len(appends)
-                commands.append(writer.ring)
-                handlers.append(ignore)
+            if appends := writer.unsent():
                 size_bytes += sum(map(len, appends))
+                commands += appends
+                commands.append(writer.ring)
+                handlers += (*(writer.on_append,) * len(appends), ignore)
         if commands:
             handlers[-1] = self._on_answered
             self._unanswered += 1
@@ -250,13 +248,12 @@ class Publisher:
 
     def _on_answered(self, reply: Reply) -> None:
         self._unanswered -= 1
-        if self._unanswered == 0 and self._waiting and not isinstance(reply, ConnectionLost):
+        if not (self._is_due or self._unanswered) and self._waiting and not isinstance(reply, ConnectionLost):
             self._send_at_turns_end()
 
     def _send_at_turns_end(self) -> None:
-        if not self._is_due:
-            self._is_due = True
-            asyncio.get_running_loop().call_soon(self._send_waiting)
+        self._is_due = True
+        asyncio.get_running_loop().call_soon(self._send_waiting)
 
     def _send_waiting(self) -> None:
         self._is_due = False
