@@ -85,14 +85,13 @@ async def _pump(
     max_output_bytes: int,
 ) -> None:
     async with asyncio.timeout(None) as patience:
-        frames = 0
+        frames, clock = 0, asyncio.get_running_loop().time
 
         def take(data: bytes) -> bool:
             nonlocal frames
-            if deltas := decoder.read_alike(data):
+            if deltas := decoder.read_alike(data):  # so there was a delta before
                 publish(deltas)
-                frames = decoder.frames
-                watchdog.fed(has_delta=True)
+                frames, watchdog.fed_at = decoder.frames, clock()
                 return True
             decoder.feed(data)
             has_delta = _publish_decoded(decoder, publish)
@@ -100,7 +99,7 @@ async def _pump(
                 frames = decoder.frames
                 watchdog.fed(has_delta=has_delta)
             if decoder.is_whole and patience.when() is None:
-                patience.reschedule(asyncio.get_running_loop().time() + LAST_WORDS_S)
+                patience.reschedule(clock() + LAST_WORDS_S)
             return not decoder.finished
 
         data = await _first_bytes(response, max_output_bytes)

@@ -27,7 +27,8 @@ class Watchdog:
         self._silence_s = silence_s
         self._scope = asyncio.timeout(None)
         self._loop = asyncio.get_running_loop()
-        self._fed_at = self._loop.time()
+        self.fed_at = self._loop.time()
+        """When data came last, by the loop's clock; who writes it knows that there was a delta before."""
         self._barked = False
         self._hungry = True
 
@@ -36,7 +37,7 @@ class Watchdog:
         if has_delta:
             self._hungry = False
         if not self._hungry:
-            self._fed_at = self._loop.time()
+            self.fed_at = self._loop.time()
 
     async def __aenter__(self) -> Self:
         await self._scope.__aenter__()
@@ -58,7 +59,7 @@ class Watchdog:
 
     def _look(self) -> None:
         limit_s = self._first_s if self._hungry else self._silence_s
-        left_s = self._fed_at + limit_s - self._loop.time()
+        left_s = self.fed_at + limit_s - self._loop.time()
         if left_s > 0:
             self._timer = self._loop.call_later(left_s, self._look)
         else:
