@@ -26,14 +26,15 @@ SHAPES = (("alone", ALONE, ALONE_DELTAS, 8), ("in bursts", BURSTS, BURSTS_DELTAS
 async def run(bench: Bench, report: Report) -> None:
     """Measure both loops in both patterns; ours with every API, the naive one with the one that its SDK streams.
 
-    In turn, and the least of each: what else the machine does only ever adds, and differs from moment to moment.
+    In turn, each API once at each place, and the least of each: what else the machine does only ever adds, and differs
+    from moment to moment; and a worker that has waited for the naive loop's end begins with cold caches.
     """
     naive, ours, floor = defaultdict[str, list[float]](list), defaultdict[tuple[str, str], list[float]](list), []
     with worker(bench) as child:
-        for _ in range(TURNS):
+        for turn in range(TURNS):
             for _, model, deltas, _ in SHAPES:
                 naive[model].append(await _naive(bench, model, deltas))
-                for api in APIS:
+                for api in (*APIS[turn:], *APIS[:turn]):
                     ours[api, model].append(await _ours(bench, child, api, model, deltas))
             floor.append(await _bare(bench, ALONE, ALONE_DELTAS))
     for api in APIS:
