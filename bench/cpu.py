@@ -19,7 +19,7 @@ BURSTS, BURSTS_DELTAS = "bench-2000-20-20", 2000
 
 
 APIS = ("chat", "responses", "dashscope")
-TURNS = 3
+TURNS = 6  # each API twice at each place
 SHAPES = (("alone", ALONE, ALONE_DELTAS, 8), ("in bursts", BURSTS, BURSTS_DELTAS, 20))
 
 
