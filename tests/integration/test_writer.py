@@ -295,6 +295,17 @@ async def test_what_broke_off_is_in_the_stream_before_the_next_attempt(
     assert await texts(redis, writer) == ["Once"]
 
 
+async def test_a_publisher_that_is_left_while_an_append_has_no_answer_heals_nothing(
+    redis_url: str, producer: Producer, valkey: Valkey
+) -> None:
+    async with publishing(redis_url) as publisher:
+        writer = await begun(publisher, producer, "j")
+        valkey.pause()
+        say(writer, "Once")
+        await writer.broken_off()  # has sent it
+    valkey.resume()
+
+
 async def test_a_server_without_memory_is_not_asked_again_and_again(
     redis: Redis, publisher: Publisher, producer: Producer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -132,14 +132,10 @@ class Publisher:
 
     async def keep_open(self) -> None:
         """Hold the connection, reopen it when it breaks, and keep the streams alive; runs until cancelled."""
-        try:
-            async with asyncio.TaskGroup() as self._tasks:
-                self._tasks.create_task(self._replicas.keep_asking(), name="deltafan-replicas")
-                while True:
-                    await self._serve(await self._open())
-        finally:
-            if self._connection is not None:
-                self._connection.close()
+        async with asyncio.TaskGroup() as self._tasks:
+            self._tasks.create_task(self._replicas.keep_asking(), name="deltafan-replicas")
+            while True:
+                await self._serve(await self._open())
 
     async def _serve(self, connection: RespConnection) -> None:
         """Use a new connection until it is lost."""
@@ -147,11 +143,13 @@ class Publisher:
         self._connected.set()
         for writer in tuple(self._writers):
             self.heal_soon(writer)
-        await self._beat_until_lost(connection)
-        self._connected.clear()
-        connection.close()
-        for writer in self._writers:
-            writer.stop_flow()
+        try:
+            await self._beat_until_lost(connection)
+        finally:
+            self._connected.clear()
+            for writer in self._writers:
+                writer.stop_flow()  # before the close tells them: there is nothing to heal on, or nobody to do it
+            connection.close()
         log.warning("Redis at %s: connection lost; running jobs go on and wait for it", masked_url(self._url))
 
     async def _open(self) -> RespConnection:
@@ -219,7 +217,7 @@ class Publisher:
             owner, cancel = reply
             if cancel is not None:
                 writer.interrupt.cut(Reason.CANCELLED, cancel.decode())
-            if owner != run.encode():
+            if run and owner != run.encode():  # before its first attempt `begin` tells
                 writer.stop_flow()
                 self.heal_soon(writer)
 
