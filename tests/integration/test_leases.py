@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 
 from deltafan import Consumer, JobCancelled, JobFailed, Producer
 from deltafan._background import background
+from deltafan._keys import FUNCTION
 from deltafan.testing import ScriptedUpstream
 from deltafan.testing import chat as script
 from deltafan_config import load_settings
@@ -30,6 +31,7 @@ from support.waiting import wait_until
 from support.workers import running_worker, settings_env, worker_process
 
 HI = [{"role": "user", "content": "Hi"}]
+QUEUE = "deltafan:queue:interactive"
 
 
 def a_claim(number: int) -> Claim:
@@ -294,6 +296,49 @@ async def test_however_many_slots_are_free_few_jobs_begin_at_once(
     async with running_worker(settings_env(redis_url, upstream.url, tmp_path, concurrency=1000)):
         await wait_until(lambda: sum(claimed) == 5 * CLAIMED_AT_ONCE, "all are claimed")
     assert max(claimed) == CLAIMED_AT_ONCE
+
+
+async def test_jobs_that_came_together_are_not_asked_for_one_by_one(
+    producer: Producer, consumer: Consumer, worker: LeasedWorker, redis: Redis, upstream: ScriptedUpstream
+) -> None:
+    upstream.standing = script.text("Hi")
+    job = await producer.submit(model="sim", messages=HI)
+    await consumer.result(job.id, timeout=10)
+    await redis.config_resetstat()
+    jobs = await producer.submit_many([{"model": "sim", "messages": HI}] * (5 * CLAIMED_AT_ONCE))
+    await asyncio.gather(*[consumer.result(job.id, timeout=20) for job in jobs])
+
+    async def is_silent() -> bool:
+        return not await redis.exists(f"{QUEUE}:bell")
+
+    await wait_until(is_silent, "all rings are taken")
+    stats = await redis.info("commandstats")
+    assert stats["cmdstat_blpop"]["calls"] < CLAIMED_AT_ONCE, "each job has rung"
+    assert worker.jobs_complete >= 5 * CLAIMED_AT_ONCE
+
+
+@pytest.mark.parametrize("others", [1, CLAIMED_AT_ONCE, CLAIMED_AT_ONCE + 1])
+async def test_a_job_that_is_due_soon_is_not_overslept_when_others_have_been_claimed(
+    others: int,
+    producer: Producer,
+    consumer: Consumer,
+    env: dict[str, str],
+    redis: Redis,
+    upstream: ScriptedUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_leased, "POLL_S", 60.0)
+    upstream.standing = script.text("Hi")
+    async with running_worker(env) as worker:
+        await producer.submit(model="sim", messages=HI)
+        await wait_until(lambda: worker.jobs_complete == 1, "it is awake, and knows of nothing else")
+        enqueue = partial(worker.pool.enqueue_job, FUNCTION, model="sim", messages=HI, _queue_name=QUEUE)
+        deferred = await enqueue(_defer_by=0.5)  # stock arq does not ring
+        assert deferred is not None
+        for _ in range(others):
+            await enqueue()
+        await redis.execute_command("LPUSH", f"{QUEUE}:bell", 1)
+        assert (await consumer.result(deferred.job_id, timeout=10)).content == "Hi"
 
 
 async def test_a_server_that_refuses_to_give_jobs_out_is_asked_now_and_then(

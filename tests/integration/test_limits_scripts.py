@@ -266,3 +266,22 @@ def test_a_large_job_that_others_keep_from_running_lets_the_small_ones_pass(limi
     limits.client.hset(f"{LOT}:tokens", " head", "1 large")
     assert limits.claim(2) == ["small"]
     assert limits.client.zrange(LOT, 0, -1) == [b"large"]
+
+
+def test_who_takes_the_last_of_what_was_rung_for_silences_the_bell(limits: Limits) -> None:
+    bell = f"{QUEUE}:bell"
+    for job in "abc":
+        limits.enqueue(job, "t")
+        limits.client.lpush(bell, 1)
+    assert limits.claim(2) == ["a", "b"]
+    assert limits.client.llen(bell) == 3, "another is to come for the third"
+    assert limits.claim(2, slots=0) == []
+    assert limits.client.llen(bell) == 3, "whoever has no room leaves it to those that have"
+    assert limits.claim(1) == ["c"]
+    assert limits.client.llen(bell) == 3, "and who is full now does not wait for the next that is due"
+    assert limits.claim(2) == []
+    assert limits.client.llen(bell) == 0
+    limits.enqueue("d", "t")
+    limits.client.lpush(bell, 1)
+    assert limits.claim(2) == ["d"]
+    assert limits.client.llen(bell) == 0

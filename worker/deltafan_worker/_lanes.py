@@ -43,7 +43,7 @@ class Slots:
         """In which order to look at the queues, given how many jobs of each (by index, from 1) are running."""
         room = self._concurrency - sum(running.values())
         if self._queues == 1:
-            return [(1, room)]
+            return [(1, room)] if room > 0 else []
         patient = self._room(running)
         aged = min(patient, self._due_patient - running.get(2, 0)) if self._is_overdue() else 0
         passes = [(2, aged), (1, room), (2, patient)]

@@ -26,7 +26,7 @@ from deltafan._lua import load
 from deltafan_worker._arq_job import UNRUNNABLE, ArqJob
 from deltafan_worker._claim import Claim, Leave, claims_of
 from deltafan_worker._interrupt import Reason
-from deltafan_worker._lanes import Pass, Shares, Slots
+from deltafan_worker._lanes import Shares, Slots
 from deltafan_worker._leaving import KEEP_FOR_EVER, Leaving
 from deltafan_worker._limits import FleetLimits
 from deltafan_worker._queue_pool import QueuePool, run_script
@@ -114,7 +114,6 @@ class LeasedWorker(Worker):
         self._lease_ms = int(options.lease_s * 1000)
         self.limits = limits or FleetLimits(pool, keys, self._queues, reserve=options.shares.interactive)
         self._slots = Slots(len(self._queues), options.concurrency, options.shares)
-        self._passes: list[Pass] = []
         self._lease_lock = asyncio.Lock()
         self._slot_freed, self._draining, self._hurry = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._due_in_s = POLL_S
@@ -158,31 +157,34 @@ class LeasedWorker(Worker):
     async def _turn(self) -> bool:
         """Claim what there is room for, else wait until there may be more. Returns whether there is nothing to do."""
         self._slot_freed.clear()
-        room = self.max_jobs - len(self.tasks)
+        was_idle = not self.tasks
         try:
-            if room > 0 and await self._claim(min(room, CLAIMED_AT_ONCE)):
+            if await self._claim():
                 return False
             self._is_well()
-            is_idle = room == self.max_jobs
+            is_idle = was_idle and not self.tasks
             if not (self.burst and is_idle):
-                await self._doze(may_claim=room > 0)
+                await self._doze()
         except (RedisError, OSError) as error:
             await self._wait_out(error)
             return False
         return is_idle
 
-    async def _claim(self, room: int) -> int:
-        self._passes = self._slots.passes(self._running())
+    async def _claim(self) -> bool:
+        """Claim and launch jobs. Returns whether more may be due; if not, nothing that there is room for."""
+        passes = [number for pass_ in self._slots.passes(self._running()) for number in pass_]
+        if not passes:
+            return False
+        want = min(self.max_jobs - len(self.tasks), CLAIMED_AT_ONCE)
         urgent, cautious = int(self._options.is_urgent), self.loop.time() < self._cautious_until
-        args = (*self.limits.common, self.process, self._lease_ms, room, int(cautious), urgent)
-        passes = [number for pass_ in self._passes for number in pass_]
+        args = (*self.limits.common, self.process, self._lease_ms, want, int(cautious), urgent)
         due_in_ms, flat, left, second, limited = await run_script(self._queue, _CLAIM, self._queues, (*args, *passes))
         self._due_in_s = POLL_S if due_in_ms < 0 else min(POLL_S, due_in_ms / 1000)
         claimed = claims_of(flat, second=second, limited=bool(limited), process=self.process, queues=self._queues)
         for claim in claimed:
             self._launch(claim)
         self._slots.note(self._running(), left)
-        return len(claimed)
+        return bool(claimed) and (any(left) or due_in_ms < 0)
 
     def _running(self) -> Counter[int]:
         return Counter(claim.queue_index for claim in self.claims.values())
@@ -220,10 +222,10 @@ class LeasedWorker(Worker):
             self.aborting_tasks.discard(claim.job_id)
             self._slot_freed.set()
 
-    async def _doze(self, *, may_claim: bool) -> None:
+    async def _doze(self) -> None:
         """Wait for the doorbell, a free slot, the next due job or the end."""
         waits: list[Awaitable[Any]] = [self._draining.wait()]
-        listening = {index for index, _ in self._passes} if may_claim and not self.burst else set()
+        listening = set() if self.burst else {index for index, _ in self._slots.passes(self._running())}
         if listening:
             doorbells = [self._keys.doorbell(self._queues[index - 1]) for index in sorted(listening)]
             waits.append(cast(Awaitable[Any], self.pool.blpop(doorbells, max(self._due_in_s, 0.01))))  # type: ignore[arg-type]

@@ -70,7 +70,9 @@ class AttemptLog:
 
     def text(self, kind: str) -> str:
         """All text of one type, joined; the same as folding `events` gives, without making them."""
-        code, data, start, pieces = _CODES[kind], self._data, 0, []
+        code, data, start, pieces = _CODES[kind], self._data, 0, list[bytearray]()
+        if code not in self._codes:
+            return ""
         for found, end in zip(self._codes, self._ends, strict=True):
             if found == code:
                 pieces.append(data[start:end])

@@ -94,9 +94,10 @@ class _Scripts:
                 return connection
             if failures != self._failures:  # what whoever came before has just tried in vain is not tried once more
                 raise RedisConnectionError("the queue's server can not be reached")
-            limits = {"timeout_s": _CONNECT_TIMEOUT_S, "silence_s": _SILENCE_S}
             try:
-                self._connection = connection = await open_connection(self._url, name="deltafan-queue", **limits)
+                self._connection = connection = await open_connection(
+                    self._url, timeout_s=_CONNECT_TIMEOUT_S, name="deltafan-queue", silence_s=_SILENCE_S
+                )
             except RedisUnavailable as error:
                 self._failures += 1
                 raise RedisConnectionError(str(error)) from error

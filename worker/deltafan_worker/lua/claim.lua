@@ -121,6 +121,7 @@ for index = 1, #KEYS do
   local head = redis.call('ZRANGE', KEYS[index], 0, 0, 'WITHSCORES')[2]
   left[index] = (head and tonumber(head) <= NOW or has_room_for_one(index)) and 1 or 0
   if room(index, most_of[index] or 0) > 0 then
+    if left[index] == 0 then redis.call('DEL', KEYS[index] .. ':bell') end -- what it rang for has been taken
     if head then wait(head - NOW) end
     if redis.call('EXISTS', KEYS[index] .. ':lots') == 1 then wait(1000 - NOW % 1000) end
   end
