@@ -180,7 +180,8 @@ class RespConnection(asyncio.Protocol):
             if self._push is not None:
                 self._push(reply)
             elif handlers:
-                handlers.popleft()(reply)
+                if (handler := handlers.popleft()) is not ignore:
+                    handler(reply)
             else:  # closed by a handler meanwhile; or an answer to nothing, after which no other could be told apart
                 self.close()
                 return

@@ -1,7 +1,8 @@
-"""The queue's connections: where their client library falls short, and the one of our own."""
+"""The queue's connections: where their client library falls short, and those of our own."""
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from hashlib import sha1
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from deltafan import Consumer, Producer
 from deltafan._lua import Script
 from deltafan.testing import ScriptedUpstream
 from deltafan_worker import _queue_pool
-from deltafan_worker._queue_pool import queue_pool, run_script
+from deltafan_worker._queue_pool import hear_a_ring, queue_pool, run_script
 from support.proxy import TcpProxy, tcp_proxy
 from support.valkey import Valkey, valkey_server
+from support.waiting import wait_until
 from support.workers import running_worker, settings_env
 
 
@@ -114,6 +116,42 @@ async def test_a_server_that_can_not_be_reached_is_tried_once_for_all_that_wait(
         assert proxy.accepted == 1
         proxy.resume()
         assert await run_script(pool, ECHO, (), ("x",)) == [b"x"]
+
+
+async def test_whoever_stops_waiting_at_a_doorbell_takes_no_ring_away(redis_url: str, redis: Redis) -> None:
+    async with queue_pool(redis_url) as pool:
+        for _ in range(20):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await hear_a_ring(pool, ["bell"], within_s=30)
+            await wait_until(partial(nobody_is_blocked, redis), "the server has noticed")
+            await redis.execute_command("LPUSH", "bell", 1)
+            async with asyncio.timeout(5):
+                await hear_a_ring(pool, ["other", "bell"], within_s=30)
+            assert not await redis.exists("bell")
+
+
+async def nobody_is_blocked(redis: Redis) -> bool:
+    return bool((await redis.info("clients"))["blocked_clients"] == 0)
+
+
+async def test_a_doorbell_that_nobody_rings_is_left_in_time(redis_url: str) -> None:
+    async with queue_pool(redis_url) as pool, asyncio.timeout(5):
+        await hear_a_ring(pool, ["bell"], within_s=0.01)
+
+
+async def test_a_doorbell_whose_connection_is_cut_is_an_error_and_the_next_wait_works(
+    proxy: TcpProxy, redis: Redis
+) -> None:
+    async with queue_pool(proxy.url) as pool:
+        waiting = asyncio.ensure_future(hear_a_ring(pool, ["bell"], within_s=30))
+        await wait_until(lambda: proxy.accepted == 1, "it is connected")
+        proxy.cut()
+        with pytest.raises(RedisConnectionError):
+            await waiting
+        await redis.execute_command("LPUSH", "bell", 1)
+        async with asyncio.timeout(5):
+            await hear_a_ring(pool, ["bell"], within_s=30)
 
 
 async def test_a_server_that_has_forgotten_its_scripts_is_told_them_again(redis_url: str, redis: Redis) -> None:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 from arq.worker import Function, Retry, RetryJob, Worker
@@ -29,7 +29,7 @@ from deltafan_worker._interrupt import Reason
 from deltafan_worker._lanes import Shares, Slots
 from deltafan_worker._leaving import KEEP_FOR_EVER, Leaving
 from deltafan_worker._limits import FleetLimits
-from deltafan_worker._queue_pool import QueuePool, run_script
+from deltafan_worker._queue_pool import QueuePool, hear_a_ring, run_script
 from deltafan_worker.serialization import deserialize, serialize
 
 OnUnrun: TypeAlias = Callable[[Claim, Exception], Awaitable[None]]
@@ -228,7 +228,7 @@ class LeasedWorker(Worker):
         listening = set() if self.burst else {index for index, _ in self._slots.passes(self._running())}
         if listening:
             doorbells = [self._keys.doorbell(self._queues[index - 1]) for index in sorted(listening)]
-            waits.append(cast(Awaitable[Any], self.pool.blpop(doorbells, max(self._due_in_s, 0.01))))  # type: ignore[arg-type]
+            waits.append(hear_a_ring(self._queue, doorbells, within_s=max(self._due_in_s, 0.01)))
         if len(listening) < len(self._queues):
             waits.append(self._slot_freed.wait())
         tasks = [asyncio.ensure_future(wait) for wait in waits]

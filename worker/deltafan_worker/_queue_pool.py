@@ -1,7 +1,7 @@
-"""The queue's connections: redis-py's, made for arq, and one of our own for scripts."""
+"""The queue's connections: redis-py's, made for arq, and two of our own: for scripts, and for waiting at doorbells."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -24,7 +24,8 @@ _SILENCE_S = 10.0
 class QueuePool(ArqRedis):
     """arq's client of the queue's server."""
 
-    scripts: "_Scripts"
+    scripts: "_Pipelined"
+    doorbells: "_Pipelined"
 
 
 @asynccontextmanager
@@ -43,11 +44,12 @@ async def queue_pool(url: str) -> AsyncIterator[QueuePool]:
     )
     connections.connection_class = _losing(connections.connection_class)
     pool = QueuePool(connections, job_serializer=serialize, job_deserializer=deserialize)
-    pool.scripts = _Scripts(url)
+    pool.scripts, pool.doorbells = _Pipelined(url, "deltafan-queue"), _Pipelined(url, "deltafan-doorbell")
     try:
         yield pool
     finally:
         pool.scripts.close()
+        pool.doorbells.close()
         await pool.aclose(close_connection_pool=True)
 
 
@@ -57,23 +59,33 @@ async def run_script(pool: QueuePool, script: Script, keys: Sequence[str], args:
     Raises:
         RedisError: as redis-py would. The script may have run.
     """
-    return await pool.scripts.run(script, keys, args)
+    return await pool.scripts.ask(lambda connection: connection.run(script, keys, args))
 
 
-class _Scripts:
-    """One pipelined connection, opened when it is wanted. redis-py's own spends 0.2 ms of CPU more on each script."""
+async def hear_a_ring(pool: QueuePool, doorbells: Sequence[str], *, within_s: float) -> None:
+    """Wait at doorbells; whoever is cancelled takes no ring away that comes later.
 
-    def __init__(self, url: str) -> None:
+    Raises:
+        RedisError: as redis-py would.
+    """
+    await pool.doorbells.ask(lambda connection: connection.call("BLPOP", *doorbells, within_s))
+
+
+class _Pipelined:
+    """A connection of our own, opened when it is wanted. redis-py's spends 0.2 ms of CPU more on each command."""
+
+    def __init__(self, url: str, name: str) -> None:
         self._url = url
+        self._name = name
         self._connection: RespConnection | None = None
         self._opening = asyncio.Lock()
         self._failures = 0
 
-    async def run(self, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    async def ask(self, what: Callable[[RespConnection], Awaitable[Any]]) -> Any:
         connection = await self._open()
         heard_bytes = connection.received_bytes
         try:
-            return await connection.run(script, keys, args)
+            return await what(connection)
         except ConnectionLost as error:
             raise RedisConnectionError(str(error)) from error
         except ServerError as error:
@@ -96,7 +108,7 @@ class _Scripts:
                 raise RedisConnectionError("the queue's server can not be reached")
             try:
                 self._connection = connection = await open_connection(
-                    self._url, timeout_s=_CONNECT_TIMEOUT_S, name="deltafan-queue", silence_s=_SILENCE_S
+                    self._url, timeout_s=_CONNECT_TIMEOUT_S, name=self._name, silence_s=_SILENCE_S
                 )
             except RedisUnavailable as error:
                 self._failures += 1

@@ -174,7 +174,7 @@ class StreamWriter:
         if not self._flowing:
             return []
         commands = self.log.commands(self._append_head, self.attempt, self._sent)
-        self._sent = len(self.log)
+        self._sent += len(commands)
         return commands
 
     def on_append(self, reply: Reply) -> None:
