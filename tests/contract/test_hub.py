@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 
 from deltafan import Consumer, InvalidPosition, InvalidRequest, JobCancelled, Producer, RedisUnavailable
 from deltafan._errors import ProtocolError
-from deltafan._hub import Hub
+from deltafan._hub import SWEEP_PORTION, Hub
 from support.valkey import Valkey, valkey_server
 from support.waiting import wait_until
 
@@ -164,6 +164,25 @@ async def slow_script(server: Valkey) -> AsyncIterator[None]:
         await redis.script_kill()
         with pytest.raises(ResponseError):
             await running
+
+
+async def test_many_jobs_are_looked_at_a_few_at_a_time(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all readers of the process wait, each few seconds, until each job has been looked at."""
+    monkeypatch.setattr("deltafan._hub.SWEEP_S", 0.1)
+    portions: list[tuple[bytes, ...]] = []
+    async with (
+        Producer.connect(valkey.url) as producer,
+        Consumer.connect(valkey.url) as consumer,
+        AsyncExitStack() as stack,
+    ):
+        monkeypatch.setattr(consumer._hub, "_sweep", portions.append)
+        for job in await producer.submit_many([{"model": "m", "messages": HI}] * 40):
+            await stack.enter_async_context(consumer.tail(job.id))
+        names = set(consumer._hub._channels)
+        for _ in range(2):
+            portions.clear()
+            await wait_until(lambda: {name for portion in portions for name in portion} == names, "each has its turn")
+    assert max(map(len, portions)) == SWEEP_PORTION
 
 
 async def test_somebodys_slow_script_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ async def test_a_tail_of_a_job_that_ends_between_two_questions(consumer: Consume
     reading = asyncio.create_task(read(consumer))
     await wait_until(lambda: consumer._feeds._feeds and not consumer._hub._unanswered, "it waits")
     halting = Halting(consumer._hub._reads, count)
-    consumer._hub._sweep()
+    consumer._hub._sweep(tuple(consumer._hub._channels))
     await halting.halted()
     await write(redis, "5-0", "cancelled", {"reason": "enough"}, ring=False)
     await redis.hset(STATE, "status", "cancelled")  # type: ignore[misc]
@@ -168,7 +168,7 @@ async def test_a_hole_that_a_failover_took_away_is_read_anew(consumer: Consumer,
         await write(redis, "5-0", "started", {"mode": "fresh"}, ring=False)
         for seq in (1, 2):
             await write(redis, f"5-{seq}", "content", b"mended", ring=False)
-        consumer._hub._sweep()
+        consumer._hub._sweep(tuple(consumer._hub._channels))
         assert (await asyncio.wait_for(anext(events), 2)).position == Position(5, 1)
 
 
@@ -256,7 +256,7 @@ async def test_a_result_waits_for_its_server_as_long_as_its_own_timeout_says(
         hub, waiting = consumer._hub, asyncio.create_task(consumer.result("j", timeout=20))
         await wait_until(lambda: any(channel.confirmed.done() for channel in hub._channels.values()), "it listens")
         fresh_valkey.kill()
-        hub._sweep()
+        hub._sweep(tuple(hub._channels))
         with pytest.raises(ResultTimeout, match="status unknown"):
             await consumer.result("j", timeout=0)
         with pytest.raises(RedisUnavailable):
