@@ -6,6 +6,8 @@ A hole is never passed over: the writer either mends it, or opens an attempt tha
 """
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import repeat
 from typing import TypeAlias
 
 import orjson
@@ -18,6 +20,9 @@ RawEntry: TypeAlias = tuple[bytes, Sequence[bytes]]
 
 _new = tuple.__new__
 """What the `__new__` of a named tuple calls. A third of the time to take an entry went into that."""
+_position_of, _event_of = partial(_new, Position), partial(_new, Event)
+_MANY = 8
+"""Entries; fewer are taken one by one as fast."""
 _TYPE_NAMES = {name.encode(): name for name in KNOWN_TYPES}
 
 
@@ -51,6 +56,8 @@ class Follower:
         Entries at or below the cursor are skipped, so reading twice is harmless. At a hole the cursor stays, unless
         an attempt follows that starts from nothing. Entries of unknown types move the cursor and are left out.
         """
+        if len(entries) >= _MANY and (many := self._take_run(entries)):
+            return many
         events: list[Event] = []
         append, kinds = events.append, _TYPE_NAMES
         attempt, seq = self.cursor or (0, -1)
@@ -76,6 +83,24 @@ class Follower:
             self.cursor = Position(attempt, seq)
         if entries:
             self._beyond = Position.parse(entries[-1][0]) if hole else None
+        return events
+
+    def _take_run(self, entries: Sequence[RawEntry]) -> list[Event]:
+        """`take` in half the time, of a page that goes on where the cursor stands; empty where it is none.
+
+        Ids in a stream grow: if the first and the last are as many apart as there are entries, none is missing.
+        """
+        if self.cursor is None or self.ended or self._beyond is not None:
+            return []
+        (attempt, seq), count = self.cursor, len(entries)
+        if entries[0][0] != b"%d-%d" % (attempt, seq + 1) or entries[-1][0] != b"%d-%d" % (attempt, seq + count):
+            return []
+        kinds = [_TYPE_NAMES.get(fields[1]) for _, fields in entries]
+        if None in kinds or not TERMINAL_TYPES.isdisjoint(kinds[:-1]):
+            return []
+        positions = map(_position_of, zip(repeat(attempt), range(seq + 1, seq + count + 1)))
+        events = list(map(_event_of, zip(positions, kinds, [fields[3] for _, fields in entries], strict=True)))
+        self.cursor, self.ended = events[-1].position, kinds[-1] in TERMINAL_TYPES
         return events
 
 
