@@ -45,7 +45,8 @@ def is_passing(error: ServerError) -> bool:
 
 def is_replaced(error: ServerError) -> bool:
     """Whether a server refuses that is a replica now: it keeps its connections, while its name leads to another."""
-    return str(error).startswith(("READONLY", "MASTERDOWN"))
+    # Before Redis 7 what a script was refused stands in the middle of the script's own error.
+    return str(error).startswith(("READONLY", "MASTERDOWN")) or " -READONLY " in str(error)
 
 
 class ConnectionLost(Exception):

@@ -13,7 +13,7 @@ from redis.asyncio.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from deltafan import RedisUnavailable
-from deltafan._resp import ConnectionLost, RespConnection, open_connection, pack
+from deltafan._resp import ConnectionLost, RespConnection, ServerError, is_replaced, open_connection, pack
 from deltafan_worker._queue_pool import _losing
 from support.waiting import wait_until
 
@@ -173,3 +173,17 @@ async def test_nothing_owed_is_no_silence() -> None:
     await wait_until(lambda: connection._watch is None, "it has been looked at")
     assert not connection.is_lost
     connection.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "READONLY You can't write against a read only replica.",
+        "MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+        "ERR Error running script (call to f_0): @user_script:1: -READONLY You can't write against a replica.",
+    ],
+)
+def test_a_server_that_is_a_replica_now_says_so_also_of_a_script(text: str) -> None:
+    """The last is how servers before Redis 7 say it."""
+    assert is_replaced(ServerError(text))
+    assert not is_replaced(ServerError("ERR unknown command 'READONLY'"))
