@@ -73,9 +73,9 @@ def watch(reached: Callable[[str], None]) -> None:
 
 
 def _watched(runs: Callable[..., Any], reached: Callable[[str], None]) -> Callable[..., Any]:
-    async def run(self: object, script: Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    async def run(self: object, script: Script, keys: Sequence[str], args: Sequence[Any], **options: Any) -> Any:
         reached(f"before {script.name}")
-        reply = await runs(self, script, keys, args)
+        reply = await runs(self, script, keys, args, **options)
         if script.name != "claim" or reply[1]:  # else it has claimed nothing
             reached(f"after {script.name}")
         return reply

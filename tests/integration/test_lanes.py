@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from typing import Any
 
+import pytest
 import redis as sync_redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from deltafan import Consumer, Producer
 from deltafan._lua import load
 from deltafan.testing import ScriptedUpstream
 from deltafan.testing import chat as script
+from deltafan_worker import _leased
+from deltafan_worker._queue_pool import run_script
 from support.valkey import Valkey
 from support.waiting import wait_until
 from support.workers import running_worker
@@ -43,6 +46,35 @@ async def test_batch_jobs_leave_a_slot_to_interactive_ones(
         assert asked(upstream) == ["batch"] * 3 + ["now"]
         gate.set()
         await wait_until(lambda: len(upstream.requests) == 21, "and the others follow")
+
+
+async def test_a_slot_that_is_freed_under_a_claim_for_the_other_lane_is_filled_at_once(
+    producer: Producer,
+    env: dict[str, str],
+    upstream: ScriptedUpstream,
+    redis: Redis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_leased, "POLL_S", 60.0)
+    first, others = asyncio.Event(), asyncio.Event()
+    upstream.then([first, *script.text("x")])
+    upstream.standing = [others, *script.text("x")]
+    await producer.submit_many(prompts(5, "batch", lane="batch"))
+    async with running_worker(env | {"DELTAFAN_CONCURRENCY": "3"}) as worker:
+
+        async def slow(pool: Any, called: Any, *args: Any, **options: Any) -> Any:
+            reply = await run_script(pool, called, *args, **options)
+            if called.name == "claim" and len(worker.claims) == 2 and not first.is_set():
+                await redis.delete(f"{QUEUE}:bell")
+                await wait_until(lambda: len(upstream.requests) == 2, "both have been begun")
+                first.set()
+                await wait_until(lambda: len(worker.claims) == 1, "one has ended")
+            return reply
+
+        monkeypatch.setattr(_leased, "run_script", slow)
+        async with asyncio.timeout(6):
+            await wait_until(lambda: len(upstream.requests) == 3, "another has taken its slot")
+        others.set()
 
 
 async def test_interactive_jobs_without_end_do_not_starve_batch_jobs(

@@ -74,13 +74,13 @@ async def test_a_connection_that_falls_silent_does_not_cost_the_leases(
 ) -> None:
     beats, gate = 0, asyncio.Event()
 
-    async def silent_once(pool: Any, script: Any, *args: Any) -> Any:
+    async def silent_once(pool: Any, script: Any, *args: Any, **options: Any) -> Any:
         nonlocal beats
         if script.name == "beat" and args[1][1:]:  # one that renews something
             beats += 1
             if beats == 1:
                 await asyncio.Event().wait()
-        return await run_script(pool, script, *args)
+        return await run_script(pool, script, *args, **options)
 
     monkeypatch.setattr(_leased, "run_script", silent_once)
     upstream.then([script.delta(content="Hello, "), gate, script.delta(content="world!"), *script.ending()])
@@ -162,8 +162,8 @@ async def test_a_claim_and_the_record_of_its_job_are_one_servers(
 ) -> None:
     """While a replica takes over, the next command may reach the old server, where the job has ended long ago."""
 
-    async def forgetting(pool: Any, called: Any, *args: Any) -> Any:
-        reply = await run_script(pool, called, *args)
+    async def forgetting(pool: Any, called: Any, *args: Any, **options: Any) -> Any:
+        reply = await run_script(pool, called, *args, **options)
         if called.name == "claim":
             await redis.delete(f"arq:job:{job.id}")
         return reply
@@ -179,8 +179,8 @@ async def test_large_jobs_are_claimed_in_portions(
 ) -> None:
     sizes: list[int] = []
 
-    async def noting(pool: Any, called: Any, *args: Any) -> Any:
-        reply = await run_script(pool, called, *args)
+    async def noting(pool: Any, called: Any, *args: Any, **options: Any) -> Any:
+        reply = await run_script(pool, called, *args, **options)
         if called.name == "claim":
             sizes.append(sum(len(record) for record in reply[1][5::7]))
         return reply
@@ -285,8 +285,8 @@ async def test_however_many_slots_are_free_few_jobs_begin_at_once(
     """Else an urgent one, or the heartbeat, stands in line behind the first steps of all of them."""
     claimed: list[int] = []
 
-    async def noting(pool: Any, called: Any, *args: Any) -> Any:
-        reply = await run_script(pool, called, *args)
+    async def noting(pool: Any, called: Any, *args: Any, **options: Any) -> Any:
+        reply = await run_script(pool, called, *args, **options)
         if called.name == "claim":
             claimed.append(len(reply[1]) // 7)
         return reply
@@ -393,9 +393,9 @@ async def test_a_server_that_falls_silent_does_not_keep_a_worker_from_stopping(
 ) -> None:
     asked = asyncio.Event()
 
-    async def noticed(pool: Any, script: Any, *args: Any) -> Any:
+    async def noticed(pool: Any, script: Any, *args: Any, **options: Any) -> Any:
         asked.set()
-        return await run_script(pool, script, *args)
+        return await run_script(pool, script, *args, **options)
 
     monkeypatch.setattr(_leased, "run_script", noticed)
     async with tcp_proxy(valkey.port) as proxy:
@@ -417,8 +417,8 @@ async def test_what_a_claim_under_way_brings_when_the_worker_is_stopped_is_run(
 ) -> None:
     async with open_worker(load_settings(env), env) as worker:
 
-        async def slow(pool: Any, script: Any, *args: Any) -> Any:
-            reply = await run_script(pool, script, *args)
+        async def slow(pool: Any, script: Any, *args: Any, **options: Any) -> Any:
+            reply = await run_script(pool, script, *args, **options)
             if script.name == "claim" and reply[1]:
                 worker.drain()
                 await pool.ping()

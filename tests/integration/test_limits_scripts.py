@@ -285,3 +285,23 @@ def test_who_takes_the_last_of_what_was_rung_for_silences_the_bell(limits: Limit
     limits.client.lpush(bell, 1)
     assert limits.claim(2) == ["d"]
     assert limits.client.llen(bell) == 0
+
+
+async def test_a_job_in_line_that_has_room_now_is_still_rung_for(limits: Limits) -> None:
+    """As the small one has, once the large one before it has stepped back."""
+
+    def is_first_half_of_an_even_second() -> bool:  # when a single slot is not the line's first
+        second, microsecond = limits.client.time()
+        return bool(second % 2 == 0 and microsecond < 500_000)
+
+    limits.ask("outside", tokens=600, tpm=1000)
+    for job, score, tokens in (("large", 2, 800), ("small", 3, 100)):
+        limits.enqueue(job, "a")
+        limits.park(job, score, tokens)
+    limits.client.eval(PASS, 0, 10)
+    limits.client.hset(f"{LOT}:tokens", " head", "1 large")
+    limits.client.lpush(f"{QUEUE}:bell", 1)
+    await wait_until(is_first_half_of_an_even_second, "it is time")
+    assert limits.claim(1) == []
+    assert limits.left == [1]
+    assert limits.client.exists(f"{QUEUE}:bell")

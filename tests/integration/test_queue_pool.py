@@ -94,7 +94,10 @@ async def test_a_script_whose_connection_is_cut_is_an_error_and_the_next_one_run
         assert await run_script(pool, ECHO, (), ("x",)) == [b"x"]
 
 
-async def test_a_script_that_was_waited_for_in_vain_leaves_its_connection(proxy: TcpProxy) -> None:
+async def test_a_script_that_was_waited_for_in_vain_leaves_its_connection(
+    proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_queue_pool, "PATIENCE_S", 0.05)
     async with queue_pool(proxy.url) as pool, asyncio.timeout(5):
         await run_script(pool, ECHO, (), ())
         proxy.forget()
@@ -102,6 +105,65 @@ async def test_a_script_that_was_waited_for_in_vain_leaves_its_connection(proxy:
             async with asyncio.timeout(0.1):
                 await run_script(pool, ECHO, (), ())
         assert await run_script(pool, ECHO, (), ("x",)) == [b"x"]
+
+
+async def test_whoever_is_cancelled_at_once_leaves_the_others_their_connection(proxy: TcpProxy) -> None:
+    """Its reply is on its way; behind it come a claim's, whose jobs would stand leased to nobody, and others'."""
+    async with queue_pool(proxy.url) as pool, asyncio.timeout(5):
+        await run_script(pool, ECHO, (), ())
+        proxy.pause()
+        cut, other = (asyncio.ensure_future(run_script(pool, ECHO, (), (name,))) for name in "ab")
+        await asyncio.wait([cut, other], timeout=0.05)
+        cut.cancel()
+        proxy.resume()
+        assert await other == [b"b"]
+        assert proxy.accepted == 1
+
+
+async def test_whoever_has_heard_of_others_leaves_them_their_connection(
+    proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_queue_pool, "PATIENCE_S", 0.0)
+    async with queue_pool(proxy.url) as pool, asyncio.timeout(5):
+        first = asyncio.ensure_future(run_script(pool, ECHO, (), ("a",)))
+        slow = asyncio.ensure_future(pool.scripts.ask(lambda connection: connection.call("BLPOP", "nothing", 0.1)))
+        assert await first == [b"a"]
+        slow.cancel()
+        assert await run_script(pool, ECHO, (), ("b",)) == [b"b"]
+        assert proxy.accepted == 1
+
+
+async def test_a_heartbeat_waits_behind_no_other_script_and_is_given_up_without_any(
+    proxy: TcpProxy,
+) -> None:
+    async with queue_pool(proxy.url) as pool, asyncio.timeout(5):
+        await asyncio.gather(*[run_script(pool, ECHO, (), (), is_heartbeat=is_one) for is_one in (False, True)])
+        proxy.pause()
+        script = asyncio.ensure_future(run_script(pool, ECHO, (), ("a",)))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await run_script(pool, ECHO, (), (), is_heartbeat=True)
+        proxy.resume()
+        assert await script == [b"a"]
+        assert await run_script(pool, ECHO, (), ("b",), is_heartbeat=True) == [b"b"]
+        assert proxy.accepted == 3
+
+
+async def test_a_pool_that_is_closed_opens_nothing(redis_url: str) -> None:
+    async with queue_pool(redis_url) as pool:
+        pass
+    with pytest.raises(RedisConnectionError, match="closed"):
+        await run_script(pool, ECHO, (), ())
+
+
+async def test_whoever_is_cancelled_while_it_opens_leaves_that_to_the_next(proxy: TcpProxy) -> None:
+    async with queue_pool(proxy.url) as pool, asyncio.timeout(5):
+        proxy.pause()
+        first, second = (asyncio.ensure_future(run_script(pool, ECHO, (), (name,))) for name in "ab")
+        await wait_until(lambda: proxy.accepted == 1, "the first opens")
+        first.cancel()
+        proxy.resume()
+        assert await second == [b"b"]
 
 
 async def test_a_server_that_can_not_be_reached_is_tried_once_for_all_that_wait(

@@ -298,12 +298,24 @@ async def test_what_broke_off_is_in_the_stream_before_the_next_attempt(
 async def test_a_publisher_that_is_left_while_an_append_has_no_answer_heals_nothing(
     redis_url: str, producer: Producer, valkey: Valkey
 ) -> None:
-    async with publishing(redis_url) as publisher:
-        writer = await begun(publisher, producer, "j")
-        valkey.pause()
-        say(writer, "Once")
-        await writer.broken_off()  # has sent it
-    valkey.resume()
+    try:
+        async with publishing(redis_url) as publisher:
+            writer = await begun(publisher, producer, "j")
+            valkey.pause()
+            say(writer, "Once")
+            publisher.flush(writer)
+    finally:
+        valkey.resume()
+
+
+async def test_a_heartbeat_before_the_first_attempt_makes_nobody_compare(redis_url: str) -> None:
+    async with publishing(redis_url, beat_s=10) as publisher:
+        await publisher.ask("PING")
+        assert publisher._connection is not None
+        publisher.add(writer := StreamWriter(publisher, "j", 1, Retention(), Interrupt()))
+        publisher._beat_for(publisher._connection, (writer,))
+        await publisher.ask("PING")  # answered behind it
+        assert not writer._doubtful
 
 
 async def test_a_server_without_memory_is_not_asked_again_and_again(

@@ -108,3 +108,9 @@ def test_without_a_share_batch_jobs_wait_for_ever() -> None:
 
 def test_one_lane_alone_has_all_slots() -> None:
     assert Slots(1, 10, Shares(interactive=0.5)).passes(Counter({1: 4})) == [(1, 6)]
+
+
+def test_a_full_worker_looks_at_no_queue() -> None:
+    """Else it would take the rings of jobs that others have room for."""
+    for queues in (1, 2):
+        assert Slots(queues, 10, Shares()).passes(Counter({1: 10})) == []

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeAlias
 from uuid import uuid4
 
@@ -114,6 +115,7 @@ class LeasedWorker(Worker):
         self._lease_ms = int(options.lease_s * 1000)
         self.limits = limits or FleetLimits(pool, keys, self._queues, reserve=options.shares.interactive)
         self._slots = Slots(len(self._queues), options.concurrency, options.shares)
+        self._looked_at = set[int]()
         self._lease_lock = asyncio.Lock()
         self._slot_freed, self._draining, self._hurry = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._due_in_s = POLL_S
@@ -171,14 +173,17 @@ class LeasedWorker(Worker):
         return is_idle
 
     async def _claim(self) -> bool:
-        """Claim and launch jobs. Returns whether more may be due; if not, nothing that there is room for."""
-        passes = [number for pass_ in self._slots.passes(self._running()) for number in pass_]
+        """Claim and launch jobs. Returns whether to claim again at once: more may be due that there is room for."""
+        passes = self._slots.passes(self._running())
+        self._looked_at = {index for index, _ in passes}
         if not passes:
             return False
         want = min(self.max_jobs - len(self.tasks), CLAIMED_AT_ONCE)
         urgent, cautious = int(self._options.is_urgent), self.loop.time() < self._cautious_until
         args = (*self.limits.common, self.process, self._lease_ms, want, int(cautious), urgent)
-        due_in_ms, flat, left, second, limited = await run_script(self._queue, _CLAIM, self._queues, (*args, *passes))
+        due_in_ms, flat, left, second, limited = await run_script(
+            self._queue, _CLAIM, self._queues, (*args, *chain(*passes))
+        )
         self._due_in_s = POLL_S if due_in_ms < 0 else min(POLL_S, due_in_ms / 1000)
         claimed = claims_of(flat, second=second, limited=bool(limited), process=self.process, queues=self._queues)
         for claim in claimed:
@@ -225,7 +230,9 @@ class LeasedWorker(Worker):
     async def _doze(self) -> None:
         """Wait for the doorbell, a free slot, the next due job or the end."""
         waits: list[Awaitable[Any]] = [self._draining.wait()]
-        listening = set() if self.burst else {index for index, _ in self._slots.passes(self._running())}
+        # A slot that was freed under the claim may be one for a queue that it did not look at.
+        wanted = self._looked_at & {index for index, _ in self._slots.passes(self._running())}
+        listening = set() if self.burst else wanted
         if listening:
             doorbells = [self._keys.doorbell(self._queues[index - 1]) for index in sorted(listening)]
             waits.append(hear_a_ring(self._queue, doorbells, within_s=max(self._due_in_s, 0.01)))
@@ -284,7 +291,8 @@ class LeasedWorker(Worker):
                 args = [value for claim in portion for value in (claim.token, claim.job_id, claim.queue_index)]
                 # A connection that has gone silent must not cost the leases: the next beat takes another one.
                 async with asyncio.timeout(self._lease_ms / 4000):
-                    answers = await run_script(self._queue, _BEAT, self._queues, [self._lease_ms, *args])
+                    args = [self._lease_ms, *args]
+                    answers = await run_script(self._queue, _BEAT, self._queues, args, is_heartbeat=True)
                 for claim, token, answer in zip(portion, tokens, answers, strict=True):
                     if claim.token == token:  # else it has been claimed again meanwhile, by ourselves
                         self._heed(claim, answer)
@@ -315,11 +323,12 @@ class LeasedWorker(Worker):
             timeout_s = self._options.drain_timeout_s
             hint = "a second signal hands them over at once"
             log.info("draining: waiting up to %g s for %d running jobs; %s", timeout_s, len(self.tasks), hint)
-            async with background(_set_after(self._hurry, timeout_s), "deltafan-drain"):
-                hurry = asyncio.ensure_future(self._hurry.wait())
-                while self.tasks and not hurry.done():
-                    await asyncio.wait([*self.tasks.values(), hurry], return_when=asyncio.FIRST_COMPLETED)
-                hurry.cancel()
+            timer = self.loop.call_later(timeout_s, self._hurry.set)
+            hurry = asyncio.ensure_future(self._hurry.wait())
+            while self.tasks and not hurry.done():
+                await asyncio.wait([*self.tasks.values(), hurry], return_when=asyncio.FIRST_COMPLETED)
+            hurry.cancel()
+            timer.cancel()
         if self.tasks:
             log.info("handing over %d running jobs", len(self.tasks))
             for claim in tuple(self.claims.values()):
@@ -388,8 +397,3 @@ class LeasedWorker(Worker):
 
 async def _wait(event: asyncio.Event) -> None:
     await event.wait()
-
-
-async def _set_after(event: asyncio.Event, seconds: float) -> None:
-    await asyncio.sleep(seconds)
-    event.set()

@@ -138,12 +138,12 @@ class Publisher:
                 await self._serve(await self._open())
 
     async def _serve(self, connection: RespConnection) -> None:
-        """Use a new connection until it is lost."""
+        """Use a new connection until it is lost, or nobody needs it any more; then close it."""
         self._connection, self._unanswered, self._taken_bytes = connection, 0, 0
         self._connected.set()
-        for writer in tuple(self._writers):
-            self.heal_soon(writer)
         try:
+            for writer in tuple(self._writers):
+                self.heal_soon(writer)
             await self._beat_until_lost(connection)
         finally:
             self._connected.clear()

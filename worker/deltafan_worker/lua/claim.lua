@@ -5,6 +5,7 @@
 -- Returns {ms until the next job may be due or -1, {id, queue index, score, claim number, 1 when its abort was
 -- requested, arq's record or nil, group whose limits count it, tokens, grant, or '', …}, {for each queue 1 when due jobs
 -- are left}, second, 1 when some provider has asked for less}
+-- Of a queue that it leaves nothing due in, while there was room for more, it silences the doorbell.
 -- The record comes with the claim, so that both are the same server's: the name may lead to another one meanwhile.
 -- The in-progress key is the lock; the score is a hint that takes a running job off the head of the queue and
 -- makes it due again by itself when its lease ends.  Times are scores of the jobs that were due before: their leases
