@@ -180,10 +180,8 @@ class LeasedWorker(Worker):
             return False
         want = min(self.max_jobs - len(self.tasks), CLAIMED_AT_ONCE)
         urgent, cautious = int(self._options.is_urgent), self.loop.time() < self._cautious_until
-        args = (*self.limits.common, self.process, self._lease_ms, want, int(cautious), urgent)
-        due_in_ms, flat, left, second, limited = await run_script(
-            self._queue, _CLAIM, self._queues, (*args, *chain(*passes))
-        )
+        args = (*self.limits.common, self.process, self._lease_ms, want, int(cautious), urgent, *chain(*passes))
+        due_in_ms, flat, left, second, limited = await run_script(self._queue, _CLAIM, self._queues, args)
         self._due_in_s = POLL_S if due_in_ms < 0 else min(POLL_S, due_in_ms / 1000)
         claimed = claims_of(flat, second=second, limited=bool(limited), process=self.process, queues=self._queues)
         for claim in claimed:
@@ -288,10 +286,10 @@ class LeasedWorker(Worker):
             held = [claim for claim in self.claims.values() if claim.renewed]
             for portion in (held[i : i + BEAT_PORTION] for i in range(0, len(held), BEAT_PORTION)):
                 tokens = [claim.token for claim in portion]
-                args = [value for claim in portion for value in (claim.token, claim.job_id, claim.queue_index)]
+                named = ((claim.token, claim.job_id, claim.queue_index) for claim in portion)
+                args = [self._lease_ms, *chain.from_iterable(named)]
                 # A connection that has gone silent must not cost the leases: the next beat takes another one.
                 async with asyncio.timeout(self._lease_ms / 4000):
-                    args = [self._lease_ms, *args]
                     answers = await run_script(self._queue, _BEAT, self._queues, args, is_heartbeat=True)
                 for claim, token, answer in zip(portion, tokens, answers, strict=True):
                     if claim.token == token:  # else it has been claimed again meanwhile, by ourselves
