@@ -463,7 +463,7 @@ async def test_the_answer_for_a_lease_that_was_taken_anew_meanwhile_is_no_answer
 ) -> None:
     claim = a_claim(1)
 
-    async def taken_meanwhile(_pool: Any, script: Any, *_: Any) -> Any:
+    async def taken_meanwhile(_pool: Any, script: Any, *_: Any, **_options: Any) -> Any:
         if script.name != "beat":
             return [-1, [], [0, 0], 0, 0]
         claim.token = "me:2"
