@@ -208,6 +208,8 @@ class Hub:
                     return
                 self._sweep(portion)
             self._sweep(tuple(self._channels.keys() - names))  # whoever has come meanwhile
+            if self._must_subscribe:
+                self._subscribe()
             if any(connection.received_bytes == before for connection, before in zip(both, received, strict=True)):
                 return
 
@@ -230,8 +232,6 @@ class Hub:
             self._bells.send(pack("SUBSCRIBE", *self._channels), ())
 
     def _sweep(self, names: Sequence[bytes]) -> None:
-        if self._must_subscribe:
-            self._subscribe()
         for name in names:
             if (channel := self._channels.get(name)) is not None:
                 for listener in tuple(channel.listeners):

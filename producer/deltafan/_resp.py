@@ -40,7 +40,7 @@ _PASSING = ("LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN", "BUSY
 
 def is_passing(error: ServerError) -> bool:
     """Whether a server refuses that is starting, being replaced or held up by a slow script: it may be ready soon."""
-    return str(error).startswith(_PASSING)
+    return str(error).startswith(_PASSING) or is_replaced(error)
 
 
 def is_replaced(error: ServerError) -> bool:

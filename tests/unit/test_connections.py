@@ -13,7 +13,7 @@ from redis.asyncio.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from deltafan import RedisUnavailable
-from deltafan._resp import ConnectionLost, RespConnection, ServerError, is_replaced, open_connection, pack
+from deltafan._resp import ConnectionLost, RespConnection, ServerError, is_passing, is_replaced, open_connection, pack
 from deltafan_worker._queue_pool import _losing
 from support.waiting import wait_until
 
@@ -186,4 +186,5 @@ async def test_nothing_owed_is_no_silence() -> None:
 def test_a_server_that_is_a_replica_now_says_so_also_of_a_script(text: str) -> None:
     """The last is how servers before Redis 7 say it."""
     assert is_replaced(ServerError(text))
+    assert is_passing(ServerError(text)), "a client waits for its successor"
     assert not is_replaced(ServerError("ERR unknown command 'READONLY'"))
