@@ -107,6 +107,30 @@ async def test_a_script_that_was_waited_for_in_vain_leaves_its_connection(
         assert await run_script(pool, ECHO, (), ("x",)) == [b"x"]
 
 
+async def test_a_link_that_has_gone_dead_is_left_while_heartbeats_go_on(
+    proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_queue_pool, "_SCRIPTS_SILENCE_S", 0.2)
+    async with queue_pool(proxy.url) as pool, asyncio.timeout(5):
+        await run_script(pool, ECHO, (), ())
+        proxy.forget()
+        assert await run_script(pool, ECHO, (), ("a",), is_heartbeat=True) == [b"a"]
+        with pytest.raises(RedisConnectionError):
+            await run_script(pool, ECHO, (), ())
+        assert await run_script(pool, ECHO, (), ("b",)) == [b"b"]
+
+
+async def test_a_connection_that_opens_too_late_is_closed(proxy: TcpProxy) -> None:
+    async with queue_pool(proxy.url) as pool:
+        proxy.pause()
+        late = asyncio.ensure_future(run_script(pool, ECHO, (), ()))
+        await wait_until(lambda: proxy.accepted == 1, "it opens")
+    proxy.resume()
+    with pytest.raises(RedisConnectionError):
+        await late
+    assert pool.scripts._usable is None
+
+
 async def test_whoever_is_cancelled_at_once_leaves_the_others_their_connection(proxy: TcpProxy) -> None:
     """Its reply is on its way; behind it come a claim's, whose jobs would stand leased to nobody, and others'."""
     async with queue_pool(proxy.url) as pool, asyncio.timeout(5):

@@ -323,10 +323,12 @@ class LeasedWorker(Worker):
             log.info("draining: waiting up to %g s for %d running jobs; %s", timeout_s, len(self.tasks), hint)
             timer = self.loop.call_later(timeout_s, self._hurry.set)
             hurry = asyncio.ensure_future(self._hurry.wait())
-            while self.tasks and not hurry.done():
-                await asyncio.wait([*self.tasks.values(), hurry], return_when=asyncio.FIRST_COMPLETED)
-            hurry.cancel()
-            timer.cancel()
+            try:
+                while self.tasks and not hurry.done():
+                    await asyncio.wait([*self.tasks.values(), hurry], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                hurry.cancel()
+                timer.cancel()
         if self.tasks:
             log.info("handing over %d running jobs", len(self.tasks))
             for claim in tuple(self.claims.values()):

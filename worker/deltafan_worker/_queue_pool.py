@@ -19,6 +19,8 @@ from deltafan_worker.serialization import deserialize, serialize
 MAX_CONNECTIONS = 64
 _CONNECT_TIMEOUT_S = 5.0
 _SILENCE_S = 10.0
+_SCRIPTS_SILENCE_S = 3.0
+"""All that a worker tells its queue waits there: what a dead link holds up is told again before leases run out."""
 PATIENCE_S = 0.5
 """A server that has said nothing for so long may be gone. One that was only asked a moment ago has others to answer."""
 
@@ -47,9 +49,9 @@ async def queue_pool(url: str) -> AsyncIterator[QueuePool]:
     )
     connections.connection_class = _losing(connections.connection_class)
     pool = QueuePool(connections, job_serializer=serialize, job_deserializer=deserialize)
-    pool.scripts = _Pipelined(url, "deltafan-queue", PATIENCE_S)
-    pool.heartbeats = _Pipelined(url, "deltafan-heartbeat", 0.0)
-    pool.doorbells = _Pipelined(url, "deltafan-doorbell", 0.0)
+    pool.scripts = _Pipelined(url, "deltafan-queue", patience_s=PATIENCE_S, silence_s=_SCRIPTS_SILENCE_S)
+    pool.heartbeats = _Pipelined(url, "deltafan-heartbeat", patience_s=0.0, silence_s=_SCRIPTS_SILENCE_S)
+    pool.doorbells = _Pipelined(url, "deltafan-doorbell", patience_s=0.0, silence_s=_SILENCE_S)
     try:
         yield pool
     finally:
@@ -87,10 +89,11 @@ class _Pipelined:
     Who is cancelled after `patience_s` without hearing anything gives it up, for all who wait there.
     """
 
-    def __init__(self, url: str, name: str, patience_s: float) -> None:
+    def __init__(self, url: str, name: str, *, patience_s: float, silence_s: float) -> None:
         self._url = url
         self._name = name
         self._patience_s = patience_s
+        self._silence_s = silence_s
         self._connection: RespConnection | None = None
         self._opening = asyncio.Lock()
         self._failure: RedisUnavailable | None = None
@@ -126,11 +129,13 @@ class _Pipelined:
                 raise RedisConnectionError(str(self._failure)) from self._failure
             try:
                 self._connection = connection = await open_connection(
-                    self._url, timeout_s=_CONNECT_TIMEOUT_S, name=self._name, silence_s=_SILENCE_S
+                    self._url, timeout_s=_CONNECT_TIMEOUT_S, name=self._name, silence_s=self._silence_s
                 )
             except RedisUnavailable as error:
                 self._failure = error
                 raise RedisConnectionError(str(error)) from error
+            self._failure = None
+            self._lose_if_closed()  # meanwhile: what is asked of it is lost like all else
             return connection
 
     @property
@@ -140,7 +145,10 @@ class _Pipelined:
     def close(self) -> None:
         """Lose it, and open no other."""
         self._is_closed = True
-        if self._connection is not None:
+        self._lose_if_closed()
+
+    def _lose_if_closed(self) -> None:
+        if self._is_closed and self._connection is not None:
             self._connection.close()
 
 
